@@ -1,0 +1,1 @@
+"""Checkpoints as mappings of names to lazy tensors."""

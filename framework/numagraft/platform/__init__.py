@@ -1,0 +1,1 @@
+"""What machine this is, or what machine a dump shows. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Rule files: text in, RuleSet out."""

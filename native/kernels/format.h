@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+
+namespace numagraft {
+
+enum class WeightKind : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
+enum class Activations : std::uint8_t { automatic, int8, bf16 };
+enum class DType : std::uint8_t { f32, bf16, f16 };  // of inputs, outputs and unpacked weights
+
+// How weights are kept. int8: symmetric, one scale per output channel. int4: groups of `group` inputs, asymmetric (scale
+// and minimum) unless `symmetric`. fp8: e4m3 with 128x128 block scales. mxfp4: e2m1 with an e8m0 scale per 32.
+struct WeightFormat {
+  WeightKind kind = WeightKind::int8;
+  int group = 32;
+  bool symmetric = false;
+  Activations activations = Activations::automatic;
+};
+
+// A matrix somewhere in memory, not owned: element (r, c) at data + r * row_stride + c * column_stride, in elements.
+struct MatrixView {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int64_t row_stride = 0;
+  std::int64_t column_stride = 1;
+};
+
+// gate_up: what the experts' inner activation does with gate g and up u.
+//   silu, gelu, gelu_tanh, relu: act(g) * u.   clamped_swiglu (gpt-oss): g = min(g, limit), u = clamp(u, -limit, limit),
+//   g * sigmoid(alpha * g) * (u + 1).
+enum class GateKind : std::uint8_t { silu, gelu, gelu_tanh, relu, clamped_swiglu };
+struct Gate {
+  GateKind kind = GateKind::silu;
+  float alpha = 1.702f;
+  float limit = 7.0f;
+};
+
+}  // namespace numagraft

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "memory/buffer.h"
+#include "threads/function_ref.h"
+
+namespace numagraft {
+
+// One node of a runtime: memory of one kernel node and threads on a set of its CPUs.
+struct NodeSpec {
+  int os_node = -1;       // the kernel's node id; -1 in a virtual runtime: memory is not bound
+  std::vector<int> cpus;  // CPUs to pin to, physical cores first; empty: threads are not pinned
+  int threads = 0;        // 0: a memory-only node
+};
+
+enum class Pages { normal, transparent, huge_2m, huge_1g, automatic };
+
+struct RuntimeOptions {
+  bool bind = true;  // false: a virtual runtime, for tests and for planning; nothing is bound or pinned
+  Pages pages = Pages::automatic;
+};
+
+// A worker's place in one fork-join.
+struct Worker {
+  int node;             // index into Runtime::nodes()
+  int node_rank;        // rank of that node among the nodes of this call
+  int node_count;       // nodes of this call
+  int rank_in_node;     // 0 .. workers_in_node-1
+  int workers_in_node;
+  int rank;             // 0 .. workers-1 over the whole call, ordered by node rank, then rank in node
+  int workers;
+};
+
+// Lets the workers of one fork-join wait for each other.
+class Barriers {
+ public:
+  virtual ~Barriers() = default;
+  virtual void all(const Worker&) = 0;   // every worker of the call
+  virtual void node(const Worker&) = 0;  // every worker of this worker's node
+};
+
+// Nodes, their memory and their pinned threads; no singleton, every packed weight holds a shared_ptr to its runtime.
+// Pools belong to a process-wide registry keyed by process id and CPU set (DESIGN section 8).
+class Runtime {
+ public:
+  Runtime(std::vector<NodeSpec> nodes, RuntimeOptions options);
+  ~Runtime();
+  Runtime(const Runtime&) = delete;
+  Runtime& operator=(const Runtime&) = delete;
+
+  std::span<const NodeSpec> nodes() const;
+  const RuntimeOptions& options() const;
+  int threads_on(std::span<const int> nodes) const;
+
+  // Runs `work` once on every worker of the given nodes and returns when all are done; the caller takes a slot. Calls on
+  // overlapping nodes queue, calls on disjoint nodes run side by side. The first exception thrown by a worker is
+  // rethrown here (the others' barriers are released). Must be called without the GIL.
+  void run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work);
+
+  // Zeroed pages as asked; throws std::bad_alloc or std::system_error before anything is changed (it looks at free memory
+  // first: MPOL_BIND on a full node ends in the OOM killer). `owner` names the module in messages and reports.
+  Buffer allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner);
+  void release(const Buffer& buffer);
+
+  // Scratch memory of one worker, local to its node, kept between calls and grown as needed (64-byte aligned, contents
+  // undefined). Call only from inside `run`, by that worker.
+  std::byte* scratch(const Worker& worker, std::size_t bytes);
+  // Scratch shared by all workers of a call on `nodes`; call before `run`; lies on the first of the nodes. Valid until
+  // the next call of shared_scratch by the thread that holds `lease`.
+  class SharedScratch;
+  std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+class Runtime::SharedScratch {
+ public:
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+  virtual ~SharedScratch() = default;  // gives the block back to the runtime's free list
+};
+
+}  // namespace numagraft

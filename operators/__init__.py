@@ -1,0 +1,1 @@
+"""The operators that rules name; the registry imports each one lazily."""
