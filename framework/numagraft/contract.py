@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from numagraft.native import PlacedBuffer, Runtime
+    from numagraft.native import OperatorStats, PlacedBuffer, Runtime
     from numagraft.placement import Placement
     from numagraft.platform import Platform
 
@@ -55,6 +55,9 @@ class Operator(nn.Module):
     original names, shapes, dtypes) -> `load` for every tensor -> `finish` (placeholders go) -> `forward`.
     """
 
+    #: device types a rule may name for this operator; None: any
+    devices: ClassVar[tuple[str, ...] | None] = None
+
     #: a frozen dataclass: the kwargs a rule may give, typed (Literal, int, float, bool, str, PlacementSpec, or | None), with
     #: defaults. A field named `placement` of type PlacementSpec makes the operator a placed one.
     Params: ClassVar[type]
@@ -63,6 +66,23 @@ class Operator(nn.Module):
     def check(cls, module: nn.Module, params: Any, platform: Platform) -> Accepted | Rejected:
         """Whether this operator reproduces `module` (on meta). Never computes, never raises for a strange module."""
         raise NotImplementedError
+
+    @classmethod
+    def check_device(cls, device: str, platform: Platform | None) -> Accepted | Rejected:
+        """Whether this operator runs on `device` ("cpu", "cuda:1"). Never raises for a strange one."""
+        try:
+            kind = torch.device(device).type
+        except RuntimeError:
+            return Rejected(f"{device!r} is not a torch device; expected for example 'cpu' or 'cuda:0'")
+        if cls.devices is not None and kind not in cls.devices:
+            return Rejected(f"it runs on {' or '.join(cls.devices)} only, not on {device!r}")
+        return Accepted()
+
+    @classmethod
+    def check_within(cls, parent: nn.Module, attribute: str) -> Accepted | Rejected:
+        """Whether `parent` gets along with its child `attribute` being replaced, judged from the parent's own code: one that
+        computes with the child's weight itself does not. Never raises."""
+        return Accepted()
 
     @classmethod
     def units(cls, module: nn.Module, params: Any) -> Units | None:
@@ -90,7 +110,8 @@ class Operator(nn.Module):
     def load(self, name: str, tensor: torch.Tensor, *, expert: int | None = None) -> None:
         """Packs one tensor, named as in the original module ("weight", "gate_up_proj", ...), or one expert's slice of it.
 
-        Raises WeightError (wrong shape, dtype, twice) before anything of it is stored.
+        Without `expert` the tensor is the whole parameter; with it, one entry of the parameter's first dimension.
+        Raises WeightError (unknown name, wrong shape or dtype, not in CPU memory, twice) before anything of it is stored.
         """
         raise NotImplementedError
 
@@ -105,6 +126,10 @@ class Operator(nn.Module):
     def buffers_placed(self) -> Iterable[PlacedBuffer]:
         """What to verify."""
         return ()
+
+    def stats(self) -> OperatorStats | None:
+        """Calls, seconds, bytes read and remote bytes so far; None for operators that do not count."""
+        return None
 
     def grafted_numel(self) -> int:
         """Weights held outside Parameters, for `num_parameters`."""
