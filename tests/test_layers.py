@@ -16,7 +16,7 @@ OPERATORS = ROOT / "operators"
 # A component is a module of the package root or a folder of it. Lower layers first; a component may import what stands in
 # its own row or above. `operators` and `cli` have rules of their own below.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "sizes"}),
     frozenset({"platform", "runtime", "placement"}),
     frozenset({"native"}),
     frozenset({"report", "doctor", "contract", "registry"}),
