@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rulefile", "params"}),
     frozenset({"presets", "roles", "matching", "skeleton"}),
     frozenset({"planning"}),
-    frozenset({"checkpoints", "injection", "progress", "tied", "guards", "stats"}),
+    frozenset({"checkpoints", "crossings", "injection", "preflight", "progress", "tied", "guards", "stats"}),
     frozenset({"loading", "quantizer"}),
     frozenset({"api"}),
     frozenset({"cli"}),

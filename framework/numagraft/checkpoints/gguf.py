@@ -1,0 +1,272 @@
+"""GGUF files: configuration and names through transformers' own tables, tensors dequantised one at a time.
+
+Names, head permutations and merged experts follow `transformers.modeling_gguf_pytorch_utils`; what differs is that no
+tensor is read before it is asked for, and experts can be read one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from numagraft.checkpoints.files import UncachedFile
+from numagraft.checkpoints.mapping import Checkpoint, LazyTensor
+from numagraft.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    Process = Callable[[np.ndarray], np.ndarray]
+
+_AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in the file; `shape` in torch's order, `offset` and `bytes` in the file."""
+
+    name: str
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+def _shape_only(process: Process, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of this shape to run `process` on for the shape of what comes out.
+
+    Its elements take no bytes, so permuting them is free; arithmetic (on norms, which are small) needs real numbers.
+    """
+    empty = np.empty(shape, dtype=np.dtype([]))
+    try:
+        process(empty)
+    except TypeError:
+        return np.ones(shape, dtype=np.float32)
+    return empty
+
+
+class GgufTensor(LazyTensor):
+    """One tensor of the file, float32 (or the file's own float type), processed into transformers' layout."""
+
+    def __init__(self, name: str, stored: Stored, file: UncachedFile, process: Process | None) -> None:
+        import gguf
+
+        self.kind = stored.kind
+        plain = {
+            gguf.GGMLQuantizationType.F32: torch.float32,
+            gguf.GGMLQuantizationType.F16: torch.float16,
+            gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+        }
+        shape = stored.shape
+        self._plain = plain.get(self.kind)
+        self._block = gguf.GGML_QUANT_SIZES[self.kind]
+        self._file, self._offset, self._bytes = file, stored.offset, stored.bytes
+        self._process = process
+        self._stored_shape = shape
+        if process is not None:
+            shape = process(_shape_only(process, shape)).shape
+        super().__init__(name, self._plain or torch.float32, shape)
+
+    @property
+    def source_bytes(self) -> int:
+        return self._bytes
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._finish(self._values(self._stored_shape, 0), out)
+
+    def read_part(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        if self._process is not None:
+            return super().read_part(index, out)
+        shape = self._stored_shape[1:]
+        return self._finish(self._values(shape, index * self._stored_bytes(shape)), out)
+
+    def _stored_bytes(self, shape: tuple[int, ...]) -> int:
+        elements, size = self._block
+        return math.prod(shape) // elements * size
+
+    def _values(self, shape: tuple[int, ...], begin: int) -> torch.Tensor:
+        from gguf.quants import dequantize
+
+        if self._plain is not None:
+            return self._file.read_tensor(torch.empty(shape, dtype=self._plain), self._offset + begin)
+        elements, size = self._block
+        blocks = torch.empty((*shape[:-1], shape[-1] // elements * size), dtype=torch.uint8)
+        self._file.read_tensor(blocks, self._offset + begin)
+        return torch.from_numpy(dequantize(blocks.numpy(), self.kind)).reshape(shape)
+
+    def _finish(self, values: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if self._process is not None:
+            # numpy has no bfloat16: processing moves elements, so their bits may travel as integers
+            bits = values.view(torch.int16) if values.dtype is torch.bfloat16 else values
+            values = torch.from_numpy(np.ascontiguousarray(self._process(bits.numpy()))).view(values.dtype)
+        return values if out is None else out.copy_(values)
+
+
+class MergedExperts(LazyTensor):
+    """`gate_up_proj [E, 2I, H]` of a file that stores gate and up apart, both [E, I, H]."""
+
+    def __init__(self, name: str, gate: GgufTensor, up: GgufTensor) -> None:
+        if gate.shape != up.shape or gate.dtype != up.dtype or len(gate.shape) != 3:
+            raise CheckpointError(f"{name}: the file's gate {gate!r} and up {up!r} differ, so they cannot be merged")
+        experts, rows, columns = gate.shape
+        super().__init__(name, gate.dtype, (experts, 2 * rows, columns))
+        self._gate, self._up = gate, up
+
+    @property
+    def source_bytes(self) -> int:
+        return self._gate.source_bytes + self._up.source_bytes
+
+    def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        merged = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        for index in range(self.shape[0]):
+            self.read_part(index, merged[index])
+        return merged
+
+    def read_part(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        merged = torch.empty(self.shape[1:], dtype=self.dtype) if out is None else out
+        rows = self.shape[1] // 2
+        self._gate.read_part(index, merged[:rows])
+        self._up.read_part(index, merged[rows:])
+        return merged
+
+
+def read_table(path: Path) -> tuple[str, tuple[Stored, ...]]:
+    """Architecture and tensors of a file, through the `gguf` package's reader, which is let go of (it maps the file).
+
+    Raises CheckpointError for anything that is not a whole GGUF file.
+    """
+    import gguf
+
+    size = path.stat().st_size
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        stored = tuple(
+            Stored(
+                tensor.name,
+                tensor.tensor_type,
+                tuple(int(length) for length in reversed(tensor.shape)),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
+            for tensor in reader.tensors
+        )
+    except Exception as error:
+        # the reader raises whatever numpy raises on a file that ends early or that announces nonsense
+        raise CheckpointError(
+            f"{path} ({size} bytes) cannot be read as GGUF ({type(error).__name__}: {error}): it is truncated or "
+            f"not a GGUF file; {_AGAIN}"
+        ) from None
+    beyond = [Problem(each.name, f"ends at byte {each.offset + each.bytes}") for each in stored]
+    beyond = [problem for problem, each in zip(beyond, stored, strict=True) if each.offset + each.bytes > size]
+    if beyond:
+        raise CheckpointError(
+            f"{path} ends at byte {size}, before its tensors do: it is truncated; {_AGAIN}", beyond[:8]
+        )
+    return architecture, stored
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """The configuration that transformers derives from the file's metadata."""
+    from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} describes a model that transformers cannot configure ({type(error).__name__}: {error}); GGUF "
+            f"architectures it knows: {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}"
+        ) from error
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file. Its names are known only for a model: `bind` first."""
+
+    def __init__(self, path: Path) -> None:
+        self.architecture, self._stored = read_table(path)
+        super().__init__(str(path), read_config(path))
+        self.path = path
+        self._file = UncachedFile(path)
+        self._deferred = False
+
+    def defer(self) -> None:
+        self._deferred = True
+        super().defer()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 for quantised files, the half type for files that hold one, as transformers has it."""
+        kinds = {stored.kind.name for stored in self._stored}
+        if not kinds <= {"F32", "F16", "BF16"} or kinds <= {"F32"}:
+            return torch.float32
+        return torch.bfloat16 if "BF16" in kinds else torch.float16
+
+    def bind(self, skeleton: PreTrainedModel) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            GptOssTensorProcessor,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=self.config.to_dict())
+        if isinstance(processor, GptOssTensorProcessor):
+            raise CheckpointError(
+                f"{self.path}: gpt-oss in GGUF is not supported; give its safetensors checkpoint in bf16"
+            )
+        try:
+            names = get_gguf_hf_weights_map(skeleton, processor)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        self.tensors = {}
+        halves: dict[str, dict[str, GgufTensor]] = {}
+        for stored in self._stored:
+            merged = self._merged_part(stored.name, names)
+            if merged is not None:
+                name, part = merged
+                tensor = GgufTensor(name, stored, self._file, None)
+                if part == "down":
+                    self.tensors[name] = tensor
+                else:
+                    halves.setdefault(name, {})[part] = tensor
+            elif stored.name in names:
+                name = names[stored.name]
+                self.tensors[name] = GgufTensor(name, stored, self._file, self._process(processor, stored.name))
+            else:
+                # llama.cpp's own tables (rope factors) have no place in the model; anything else shows as unexpected
+                if not stored.name.startswith("rope_"):
+                    self.tensors[stored.name] = GgufTensor(stored.name, stored, self._file, None)
+        for name, parts in halves.items():
+            if set(parts) != {"gate", "up"}:
+                raise CheckpointError(f"{self.path}: {name} has only its {' '.join(parts)} half; {_AGAIN}")
+            self.tensors[name] = MergedExperts(name, parts["gate"], parts["up"])
+        if self._deferred:
+            self.defer()
+
+    @staticmethod
+    def _merged_part(stored_name: str, names: dict[str, str]) -> tuple[str, str] | None:
+        """(model name, gate|up|down) for a tensor of all experts; the map may hold it with or without ".weight"."""
+        base = stored_name.removesuffix(".weight")
+        for part in ("gate", "up", "down"):
+            if base.endswith(f".ffn_{part}_exps"):
+                name = names.get(base) or names.get(stored_name)
+                return None if name is None else (name, part)
+        return None
+
+    @staticmethod
+    def _process(processor: object, stored_name: str) -> Process:
+        return lambda weights: processor.process(weights=weights, name=stored_name).weights
+
+    def page_cache_residue(self) -> int | None:
+        return self._file.cached_bytes()
+
+    def close(self) -> None:
+        self._file.close()

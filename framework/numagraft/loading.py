@@ -1,0 +1,492 @@
+"""One load: weights go from a checkpoint into operators and parameters, one at a time, and are then proven.
+
+The loader of transformers walks the checkpoint and calls back (see `quantizer`). It swallows exceptions raised inside a
+conversion and goes on through the whole checkpoint, so nothing here raises there: a failed conversion returns a mapping
+whose `items()` raises, which the loader calls outside its net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+
+from numagraft import crossings, preflight
+from numagraft.checkpoints import Checkpoint, LazyTensor
+from numagraft.checkpoints.safetensors import SafetensorsCheckpoint
+from numagraft.errors import NumagraftError, Problem, UnsupportedOperationError, WeightError
+from numagraft.guards import guard
+from numagraft.injection import Grafts, inject, make_operators, swap
+from numagraft.progress import Meter, Progress
+from numagraft.tied import doubled_elements, pack_tied, tied_names, untie
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from numagraft.native import Runtime
+    from numagraft.planning import Plan
+    from numagraft.platform import Platform
+    from numagraft.report import PlacementReport
+    from numagraft.runtime import RuntimeLayout
+
+_SHOWN = 8
+#: dtypes that operators take; anything wider is rounded to float32 first
+_PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Failed(dict):
+    """What a failed conversion returns: empty for whoever asks for keys, the error for whoever asks for items."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def items(self) -> NoReturn:
+        raise self.error
+
+
+def failed(error: Exception, name: str) -> Failed:
+    if not isinstance(error, NumagraftError):
+        error = WeightError(f"{name} cannot be loaded ({type(error).__name__}: {error})")
+    return Failed(error)
+
+
+class Staging:
+    """One buffer that tensors on their way into packed memory pass through: warm pages, and no second allocation."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor in the buffer; it overwrites the one taken before."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(tuple(shape))
+
+
+class Load:
+    """The state of one load of one model.
+
+    `checkpoint` is None where transformers reads the files itself; `files` are then only checked.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        checkpoint: Checkpoint | None = None,
+        files: Sequence[Path] = (),
+        progress: Progress | None = None,
+        allow_unexpected: Sequence[str] = (),
+    ) -> None:
+        self.plan = plan
+        self.checkpoint = checkpoint
+        self.files = list(files)
+        self.allow_unexpected = tuple(allow_unexpected)
+        self.meter = Meter(progress, checkpoint.source_bytes if checkpoint is not None else 0)
+        self.grafts = Grafts({}, {}, {})
+        self.residue_bytes: int | None = None
+        self._tied: frozenset[str] = frozenset()
+        self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self._many_targets: tuple[str, ...] = ()
+        self._devices = crossings.devices_by_module(plan)
+        self._staging = Staging()
+        self._dtype = torch.float32
+
+    def graft(self, model: PreTrainedModel) -> None:
+        """Puts the planned operators into a skeleton; nothing is allocated yet."""
+        self._expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+        self._tied = tied_names(model)
+        self._dtype = getattr(model.config, "dtype", None) or torch.float32
+        self.grafts = make_operators(model, self.plan, make_runtime(self.plan))
+        inject(model, self.grafts)
+
+    def conversions(self, conversions: Iterable[WeightTransform], model: PreTrainedModel) -> list[WeightTransform]:
+        """The loader's conversions, with those that feed us replaced by ones that read tensor by tensor.
+
+        Where we hold the checkpoint, its names and shapes are checked against the model first (CheckpointError).
+        """
+        conversions = list(conversions)
+        if self.checkpoint is not None:
+            self.checkpoint.defer()
+            preflight.check(self.checkpoint, conversions, model, allow_unexpected=self.allow_unexpected)
+        elif self.files and all(path.suffix == ".safetensors" for path in self.files):
+            # transformers itself only warns about tensors without a place; where it reads the files, that stands
+            with SafetensorsCheckpoint.of_files(str(self.files[0].parent), model.config, self.files) as checkpoint:
+                preflight.check(checkpoint, conversions, model, refuse_unexpected=False)
+        self._many_targets = tuple(
+            pattern
+            for each in conversions
+            if isinstance(each, WeightConverter) and len(each.target_patterns) > 1
+            for pattern in each.target_patterns
+        )
+        return [
+            each.copy(
+                list(each._original_source_patterns),
+                list(each._original_target_patterns),
+                operations=[Stream(self, each.operations, one_by_one=preflight.merges_experts(each))],
+            )
+            if isinstance(each, WeightConverter)
+            else each
+            for each in conversions
+        ]
+
+    def intercepts(self, name: str) -> bool:
+        """Whether the loader hands us the values of this parameter instead of setting them itself."""
+        if self.checkpoint is not None:
+            return True
+        return (
+            self.packs(name)
+            or crossings.device_of(name, self._devices).type != crossings.MAIN_DEVICE
+            or any(pattern in name for pattern in self._many_targets)
+        )
+
+    def packs(self, name: str) -> bool:
+        """Whether an operator takes this parameter as it streams by; tied ones are packed at the end."""
+        return name in self.grafts.owners and name not in self._tied
+
+    def take(self, values: Mapping[str, Any], missing_keys: set[str] | None) -> dict[str, torch.Tensor]:
+        """Hands grafted values to their operators and returns the others, read, cast and on their device."""
+        ordinary: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            tensor = value[0] if isinstance(value, list) else value
+            shape = self._expected[name][0]
+            if tensor.shape != shape:
+                raise WeightError(
+                    f"{name} has the shape {list(tensor.shape)} in the checkpoint, but the model needs {list(shape)}: "
+                    "the weights and the configuration are of different models; check that both come from the same place"
+                )
+            if self.packs(name):
+                self._pack(name, tensor)
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+            else:
+                ordinary[name] = self._keep(name, tensor)
+        return ordinary
+
+    def take_experts(self, name: str, experts: Iterable[Sequence[Any]], missing_keys: set[str] | None) -> None:
+        """Hands a parameter over expert by expert; each expert comes as tensors to be joined along their rows."""
+        _, local = self.grafts.owners[name]
+        operator = self.grafts.operators[self.grafts.owners[name][0]]
+        shape = self._expected[name][0]
+        count = 0
+        for count, tensors in enumerate(experts, start=1):
+            rows = sum(tensor.shape[0] for tensor in tensors)
+            found = (rows, *tensors[0].shape[1:])
+            if found != tuple(shape[1:]) or count > shape[0]:
+                raise WeightError(
+                    f"{name}: expert {count - 1} has the shape {list(found)} in the checkpoint, but the model has "
+                    f"{shape[0]} experts of {list(shape[1:])}: check that weights and configuration are of the same model"
+                )
+            joined = self._buffer(name, found, tensors[0].dtype)
+            begin = 0
+            for tensor in tensors:
+                part = joined[begin : begin + tensor.shape[0]]
+                begin += tensor.shape[0]
+                if isinstance(tensor, LazyTensor):
+                    tensor.read(part)
+                    self.meter.add(tensor.source_bytes, tensor.name)
+                else:
+                    part.copy_(tensor)
+            operator.load(local, self._packable(name, joined), expert=count - 1)
+        if count != shape[0]:
+            raise WeightError(f"{name}: the checkpoint holds {count} experts, but the model has {shape[0]}")
+        if missing_keys is not None:
+            missing_keys.discard(name)
+
+    def _pack(self, name: str, tensor: LazyTensor | torch.Tensor) -> None:
+        module, local = self.grafts.owners[name]
+        operator = self.grafts.operators[module]
+        if len(tensor.shape) != 3:
+            if isinstance(tensor, LazyTensor):
+                source = tensor
+                tensor = source.read(self._buffer(name, source.shape, source.dtype))
+                operator.load(local, self._packable(name, tensor))
+                self.meter.add(source.source_bytes, name)
+            else:
+                operator.load(local, self._packable(name, tensor))
+            return
+        for expert in range(tensor.shape[0]):
+            if isinstance(tensor, LazyTensor):
+                part = tensor.read_part(expert, self._buffer(name, tensor.shape[1:], tensor.dtype))
+                self.meter.add(tensor.source_bytes // tensor.shape[0], name)
+            else:
+                part = tensor[expert]
+            operator.load(local, self._packable(name, part), expert=expert)
+
+    def _keep(self, name: str, tensor: LazyTensor | torch.Tensor) -> torch.Tensor:
+        expected = self._expected[name][1]
+        dtype = expected
+        if isinstance(tensor, LazyTensor):
+            # the loader asks for another dtype than the model's only for modules that must stay in float32
+            if tensor.requested not in (None, self._dtype) and expected.is_floating_point:
+                dtype = tensor.requested
+            self.meter.add(tensor.source_bytes, tensor.name)
+            tensor = tensor.read()
+        elif tensor.dtype != expected and tensor.dtype != self._dtype:
+            dtype = tensor.dtype
+        return tensor.to(device=crossings.device_of(name, self._devices), dtype=dtype)
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Staging for operators that pack at once; fresh memory for those that may keep the tensor itself."""
+        if self.grafts.planned[self.grafts.owners[name][0]].placement is None:
+            return torch.empty(tuple(shape), dtype=dtype)
+        return self._staging.take(shape, dtype)
+
+    def _packable(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        planned = self.grafts.planned[self.grafts.owners[name][0]]
+        if planned.placement is None:
+            return tensor.to(self._expected[name][1])
+        return tensor if tensor.dtype in _PACKABLE else tensor.to(torch.float32)
+
+    def finish(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Packs tied weights, refuses what is incomplete, proves the placement, and makes the model safe to use.
+
+        Raises WeightError for anything that never came, PlacementError where strict and the proof fails.
+        """
+        doubled = doubled_elements(model, self.grafts)
+        pack_tied(model, self.grafts)
+        refuse_incomplete(self.grafts)
+        for operator in self.grafts.operators.values():
+            operator.finish()
+        if self.checkpoint is not None:
+            self.residue_bytes = self.checkpoint.page_cache_residue()
+        return self._seal(model, doubled)
+
+    def graft_in_memory(self, model: PreTrainedModel, skeleton: PreTrainedModel) -> PreTrainedModel:
+        """Packs the weights of a model in memory, module by module; each original goes once it is packed.
+
+        `skeleton` is the same model on the meta device. A failure leaves a model that refuses to run.
+        """
+        self._expected = {name: (value.shape, value.dtype) for name, value in skeleton.state_dict().items()}
+        self.grafts = make_operators(skeleton, self.plan, make_runtime(self.plan))
+        doubled = doubled_elements(skeleton, self.grafts)
+        self.meter.total_bytes = sum(
+            shape.numel() * dtype.itemsize
+            for name, (shape, dtype) in self._expected.items()
+            if name in self.grafts.owners
+        )
+        try:
+            for name, operator in self.grafts.operators.items():
+                self._pack_module(name, model.get_submodule(name))
+                swap(model, name, operator)
+                operator.finish()
+            refuse_incomplete(self.grafts)
+            move_parameters(model, self._devices)
+            return self._seal(model.eval(), doubled)
+        except BaseException:
+            model.forward = _unusable
+            raise
+
+    def _pack_module(self, name: str, module: nn.Module) -> None:
+        operator = self.grafts.operators[name]
+        for local, tensor in module.state_dict().items():
+            self._pack(f"{name}.{local}", tensor)
+            self.meter.add(tensor.nbytes, f"{name}.{local}")
+        # buffers outside the state (tables a module computes itself) go over as they are
+        for local, buffer in module.named_buffers():
+            owner, _, leaf = local.rpartition(".")
+            if f"{name}.{local}" not in self.grafts.owners and local in dict(operator.named_buffers()):
+                operator.get_submodule(owner)._buffers[leaf] = buffer
+
+    def _seal(self, model: PreTrainedModel, doubled: Mapping[str, int]) -> PreTrainedModel:
+        untie(model, self.grafts)
+        move_buffers(model, self._devices)
+        crossings.add_crossings(model, self.plan)
+        refuse_meta(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        prove(model, self.plan, self.grafts, self.residue_bytes)
+        guard(model, self.grafts.operators, doubled)
+        self.release()
+        return model
+
+    def release(self) -> None:
+        """Lets go of everything that only loading needed."""
+        self.checkpoint = None
+        self._staging = Staging()
+        self._expected = {}
+        self.grafts = Grafts({}, {}, {})
+
+
+class Take(ConversionOps):
+    """The last step of every conversion we intercept: values to operators, the rest back to the loader."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Take:
+        return self  # the loader copies converters; the load they belong to stays one
+
+    def convert(self, input_dict: Any, *args: Any, missing_keys: set[str] | None = None, **kwargs: Any) -> Any:
+        if isinstance(input_dict, Failed):
+            return input_dict
+        try:
+            return self._load.take(input_dict, missing_keys)
+        except Exception as error:
+            return failed(error, kwargs.get("full_layer_name") or ", ".join(input_dict))
+
+
+class Stream(ConversionOps):
+    """A converter's operations as one: reads what they need, or hands experts over one by one where they only merge."""
+
+    def __init__(self, load: Load, operations: Sequence[ConversionOps], *, one_by_one: bool) -> None:
+        self._load = load
+        self._operations = list(operations)
+        self._one_by_one = one_by_one
+        self.supports_many_to_many = any(operation.supports_many_to_many for operation in operations)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        return self
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        try:
+            if self._one_by_one and self._load.packs(full_layer_name):
+                lists = [input_dict.pop(pattern, []) for pattern in source_patterns]
+                lengths = {len(each) for each in lists}
+                if len(lengths) != 1:
+                    counts = ", ".join(f"{len(each)} of {p!r}" for each, p in zip(lists, source_patterns, strict=True))
+                    raise WeightError(
+                        f"{full_layer_name}: the checkpoint holds {counts}, but as many of each are needed"
+                    )
+                self._load.take_experts(full_layer_name, zip(*lists, strict=True), missing_keys)
+                return {}
+            values: Any = {pattern: self._read(tensors) for pattern, tensors in input_dict.items()}
+            input_dict.clear()
+            for operation in self._operations:
+                values = operation.convert(
+                    values,
+                    source_patterns=source_patterns,
+                    target_patterns=target_patterns,
+                    full_layer_name=full_layer_name,
+                    missing_keys=missing_keys,
+                    **kwargs,
+                )
+            return values
+        except Exception as error:
+            return failed(error, full_layer_name)
+
+    def _read(self, tensors: list[Any]) -> list[Any]:
+        read = []
+        for tensor in tensors:
+            if isinstance(tensor, LazyTensor):
+                self._load.meter.add(tensor.source_bytes, tensor.name)
+                tensor = tensor.read()
+            read.append(tensor)
+        return read
+
+
+def plan_model(
+    skeleton: PreTrainedModel,
+    rules: Any,
+    *,
+    overrides: Sequence[str] = (),
+    platform: Platform | None = None,
+    runtime: RuntimeLayout | None = None,
+    trust_code: bool = False,
+    check_fit: bool = True,
+) -> Plan:
+    """What `rules` do to a model on the meta device, on this machine (or on `platform`).
+
+    Raises RuleError or PlanError with every problem.
+    """
+    from numagraft.planning import make_plan
+    from numagraft.platform import Platform
+    from numagraft.rulefile import load_rules
+
+    platform = platform if platform is not None else Platform.detect()
+    ruleset = load_rules(rules, overrides=overrides, trust_code=trust_code, platform=platform, config=skeleton.config)
+    return make_plan(skeleton, ruleset, platform, layout=runtime, check_fit=check_fit)
+
+
+def make_runtime(plan: Plan) -> Runtime | None:
+    """The threads and arenas of a plan; None when it places nothing."""
+    if not any(each.placement is not None for each in plan.modules):
+        return None
+    from numagraft.native import Runtime
+
+    return Runtime(plan.layout)
+
+
+def refuse_incomplete(grafts: Grafts) -> None:
+    """Raises WeightError naming every grafted weight that never came."""
+    missing = [f"{module}.{name}" for module, operator in grafts.operators.items() for name in operator.missing()]
+    if missing:
+        raise WeightError(
+            f"{len(missing)} grafted weights never came: the checkpoint is incomplete, or names them differently; check that "
+            "it belongs to this model",
+            [Problem(name, "never came") for name in missing[:_SHOWN]],
+        )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raises WeightError naming every tensor without memory: torch would compute garbage from it, without an error."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if empty:
+        raise WeightError(
+            f"{len(empty)} tensors of the model were left without values (on the meta device): the checkpoint is incomplete, "
+            "or an operator forgot to delete a placeholder",
+            [Problem(name, "is on the meta device") for name in empty[:_SHOWN]],
+        )
+
+
+def _unusable(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedOperationError(
+        "grafting this model failed half way, and weights that were packed by then are gone from it: load the model again"
+    )
+
+
+def move_parameters(model: nn.Module, devices: dict[str, torch.device]) -> None:
+    """Puts the parameters of kept modules where rules send them."""
+    for name, parameter in model.named_parameters():
+        device = crossings.device_of(name, devices)
+        if parameter.device != device:
+            parameter.data = parameter.data.to(device)
+
+
+def move_buffers(model: nn.Module, devices: dict[str, torch.device]) -> None:
+    """Puts buffers where the module they belong to lives; the loader makes them on the main device."""
+    for name, module in model.named_modules():
+        device = crossings.device_of(name, devices)
+        for local, buffer in module.named_buffers(recurse=False):
+            if buffer.device != device and buffer.device.type != "meta":
+                module._buffers[local] = buffer.to(device)
+
+
+def prove(model: PreTrainedModel, plan: Plan, grafts: Grafts, residue_bytes: int | None) -> None:
+    """Asks the kernel for every placed page; keeps plan and report on the model. Raises PlacementError if strict."""
+    report = make_reporter(plan, grafts.operators, residue_bytes)
+    first = report()
+    model.numagraft_plan = plan
+    model.placement_report = report
+    if plan.layout.strict:
+        first.require()
+
+
+def make_reporter(
+    plan: Plan, operators: Mapping[str, nn.Module], residue_bytes: int | None
+) -> Callable[[], PlacementReport]:
+    """A function that asks the kernel again at any time."""
+
+    def placement_report() -> PlacementReport:
+        """Where the packed weights are now, asked from the kernel."""
+        from numagraft.report import build_report
+
+        return build_report(plan, operators, page_cache_residue=residue_bytes)
+
+    return placement_report
