@@ -23,7 +23,7 @@ def read_kernel(tree: Tree, cpus: tuple[int, ...]) -> Kernel:
 
     return Kernel(
         release=(tree.read("/proc/sys/kernel/osrelease", 256) or "").partition("\n")[0],
-        numa_balancing=setting("kernel/numa_balancing"),
+        numa_balancing=read_numa_balancing(tree),
         transparent_hugepage=choice("enabled"),
         transparent_defrag=choice("defrag"),
         max_map_count=setting("vm/max_map_count"),
@@ -34,6 +34,11 @@ def read_kernel(tree: Tree, cpus: tuple[int, ...]) -> Kernel:
         smt=(tree.read("/sys/devices/system/cpu/smt/control", 64) or "").partition("\n")[0],
         container=_container(tree),
     )
+
+
+def read_numa_balancing(tree: Tree) -> int | None:
+    """0: off; anything else: the kernel moves pages towards whoever reads them."""
+    return parse_int(tree.read("/proc/sys/kernel/numa_balancing"))
 
 
 def _governors(tree: Tree, cpus: tuple[int, ...]) -> tuple[str, ...]:
