@@ -2,10 +2,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace numagraft {
+
+class Residency;  // memory/residency.h
 
 // Where a buffer's pages are asked to lie. Numbers index Runtime::nodes(), never the kernel's own node ids.
 struct MemoryTarget {
@@ -21,6 +24,7 @@ struct Buffer {
   std::size_t bytes = 0;  // a multiple of the page size
   MemoryTarget target;
   std::string owner;  // the grafted module's qualified name, for the report and for error messages
+  std::shared_ptr<Residency> residency;  // where its pages were last found; filled by Runtime::verify, shared by all copies
 };
 
 }  // namespace numagraft

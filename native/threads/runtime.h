@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "memory/buffer.h"
+#include "memory/memory.h"
 #include "threads/function_ref.h"
 
 namespace numagraft {
@@ -23,6 +24,9 @@ enum class Pages { normal, transparent, huge_2m, huge_1g, automatic };
 struct RuntimeOptions {
   bool bind = true;  // false: a virtual runtime, for tests and for planning; nothing is bound or pinned
   Pages pages = Pages::automatic;
+  // How long a thread that waits for the next call, a barrier or the join polls before it sleeps. Long enough to bridge what
+  // lies between two operators of a decode step, short enough that idle pools cost nothing.
+  int spin_microseconds = 200;
 };
 
 // A worker's place in one fork-join.
@@ -48,6 +52,8 @@ class Barriers {
 // Pools belong to a process-wide registry keyed by process id and CPU set (DESIGN section 8).
 class Runtime {
  public:
+  // Throws ConfigurationFailure (nodes that make no sense, CPUs that another live runtime uses differently) and
+  // PlacementFailure (pages that this kernel does not have). Threads are made by the first call.
   Runtime(std::vector<NodeSpec> nodes, RuntimeOptions options);
   ~Runtime();
   Runtime(const Runtime&) = delete;
@@ -62,16 +68,23 @@ class Runtime {
   // rethrown here (the others' barriers are released). Must be called without the GIL.
   void run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work);
 
-  // Zeroed pages as asked; throws std::bad_alloc or std::system_error before anything is changed (it looks at free memory
-  // first: MPOL_BIND on a full node ends in the OOM killer). `owner` names the module in messages and reports.
+  // Zeroed pages as asked, touched by threads of their nodes; throws PlacementFailure before anything is changed (it looks
+  // at free memory first: MPOL_BIND on a full node ends in the OOM killer), or with everything given back. `owner` names the
+  // module in messages and reports. Not from inside `run`.
   Buffer allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner);
   void release(const Buffer& buffer);
+
+  // Asks the kernel where each page of the buffer is and keeps the answer in buffer.residency, from which operators count
+  // remote bytes. False: the kernel does not tell for single pages (move_pages is refused) and numa_maps cannot prove it.
+  bool verify(const std::byte* buffer, std::size_t bytes);
+
+  std::vector<Memory::ArenaReport> memory_report() const;
 
   // Scratch memory of one worker, local to its node, kept between calls and grown as needed (64-byte aligned, contents
   // undefined). Call only from inside `run`, by that worker.
   std::byte* scratch(const Worker& worker, std::size_t bytes);
-  // Scratch shared by all workers of a call on `nodes`; call before `run`; lies on the first of the nodes. Valid until
-  // the next call of shared_scratch by the thread that holds `lease`.
+  // Scratch shared by all workers of a call; call before `run`; lies on `node`. Yours until the lease goes, which must not
+  // outlive the runtime.
   class SharedScratch;
   std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node);
 

@@ -6,7 +6,36 @@ Every call that computes releases the GIL.
 
 from __future__ import annotations
 
-# The shape of this module (bodies are filled in by the native work; signatures are the seam others build on):
+from numagraft.native.pages import PageCount, query_page_sizes, query_pages
+from numagraft.native.runtime import ArenaReport, PlacedBuffer, Runtime, WorkerPlace
+from numagraft.native.system import (
+    InheritedPolicy,
+    Probe,
+    available_by_node,
+    binding_allowed,
+    inherited_policy,
+    memory_cgroup_limit,
+    set_fault,
+)
+
+__all__ = [
+    "ArenaReport",
+    "InheritedPolicy",
+    "PageCount",
+    "PlacedBuffer",
+    "Probe",
+    "Runtime",
+    "WorkerPlace",
+    "available_by_node",
+    "binding_allowed",
+    "inherited_policy",
+    "memory_cgroup_limit",
+    "query_page_sizes",
+    "query_pages",
+    "set_fault",
+]
+
+# The shape of this module (what is not imported below is yet to come; signatures are the seam others build on):
 #
 #   capabilities() -> Capabilities(isa: str, supported: tuple[str, ...], forced: bool, compiler: str, sanitizer: str)
 #       `isa` is the kernel row in use ("scalar" | "avx2" | "avx512" | "avx512_vnni" | "amx"); NUMAGRAFT_ISA forces one and
