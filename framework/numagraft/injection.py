@@ -71,9 +71,12 @@ def make_operators(model: nn.Module, plan: Plan, runtime: Runtime | None) -> Gra
             problems.append(
                 Problem(each.name, f"operator {each.operator} keeps no matching placeholder for {', '.join(differing)}")
             )
-        # the loader initialises what it takes for missing; an operator's weights are never its business
+        # The loader initialises what it takes for missing; an operator's weights are never its business. Tables that a
+        # module computes itself (rotary frequencies) are: the loader empties them and has `_init_weights` refill them.
         for inner in operator.modules():
-            inner._is_hf_initialized = True
+            for parameter in inner.parameters(recurse=False):
+                parameter._is_hf_initialized = True
+            inner._is_hf_initialized = not any(True for _ in inner.buffers(recurse=False))
         operators[each.name], planned[each.name] = operator, each
         owners |= {f"{each.name}.{local}": (each.name, local) for local in wanted}
     if problems:
