@@ -71,12 +71,9 @@ def make_operators(model: nn.Module, plan: Plan, runtime: Runtime | None) -> Gra
             problems.append(
                 Problem(each.name, f"operator {each.operator} keeps no matching placeholder for {', '.join(differing)}")
             )
-        # The loader initialises what it takes for missing; an operator's weights are never its business. Tables that a
-        # module computes itself (rotary frequencies) are: the loader empties them and has `_init_weights` refill them.
+        # the loader initialises what it takes for missing; an operator's weights are never its business
         for inner in operator.modules():
-            for parameter in inner.parameters(recurse=False):
-                parameter._is_hf_initialized = True
-            inner._is_hf_initialized = not any(True for _ in inner.buffers(recurse=False))
+            inner._is_hf_initialized = True
         operators[each.name], planned[each.name] = operator, each
         owners |= {f"{each.name}.{local}": (each.name, local) for local in wanted}
     if problems:

@@ -4,6 +4,7 @@
 
 namespace numagraft {
 
+void bind_bench(pybind11::module_& m);
 void bind_errors(pybind11::module_& m);
 void bind_system(pybind11::module_& m);
 void bind_runtime(pybind11::module_& m);
