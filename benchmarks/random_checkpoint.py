@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.bf16 import normal
+
 Tensor = tuple[str, tuple[int, ...]]
 BYTES_PER_WEIGHT = 2  # bf16
 
@@ -249,11 +251,7 @@ class RandomBytes:
     """
 
     def __init__(self, *, seed: int, std: float = 0.02, weights: int = 1 << 22) -> None:
-        generator = np.random.default_rng(seed)
-        values = generator.standard_normal(weights, dtype=np.float32) * np.float32(std)
-        bits = values.view(np.uint32)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # nearest, ties to even
-        self._block = memoryview(rounded.tobytes())
+        self._block = memoryview(normal(weights, std=std, seed=seed).tobytes())
         self._position = 0
         self._ones = memoryview(np.full(4096, 0x3F80, dtype="<u2").tobytes())
 

@@ -188,10 +188,7 @@ def _owned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _store(owner: nn.Module, leaf: str, current: torch.Tensor, value: torch.Tensor) -> None:
     if leaf in owner._parameters:
-        value = nn.Parameter(value, requires_grad=current.requires_grad)
-    value._is_hf_initialized = True  # transformers' loader would fill it with random values otherwise
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = value
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=current.requires_grad)
     else:
         owner._buffers[leaf] = value
 

@@ -1,0 +1,136 @@
+"""One linear layer: time per call beside what the machine's memory and multipliers allow.
+
+    python -m benchmarks.linear --in 4096 --out 4096 --tokens 1 --threads 2 --format int8 --json
+
+Copies of the layer with more than 2 GiB together are used in turn, so that the weights come from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine, rotation
+from benchmarks.experts import ROTATION_BYTES, add_operator_options
+from benchmarks.operands import WeightSource, from_bf16, inputs, relative_error, view
+from benchmarks.report import emit
+from benchmarks.sampling import Prepared, Sampling, Work, sample
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks.linear", description=__doc__.split("\n")[0])
+    made.add_argument("--in", dest="in_features", type=int, default=4096)
+    made.add_argument("--out", dest="out_features", type=int, default=4096)
+    add_operator_options(made)
+    return made
+
+
+def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSource, *, owner: str) -> Any:
+    from numagraft import native
+
+    made = native.LinearWeights(
+        runtime,
+        out_features=options.out_features,
+        in_features=options.in_features,
+        format=native.WeightFormat(options.format, options.group, options.symmetric, options.activations),
+        parts=machine.parts(options.placement, options.out_features, runtime.layout),
+        has_bias=False,
+        owner=owner,
+    )
+    weight = source.matrix(options.out_features, options.in_features)
+    made.load_weight(view(weight, dtype="bf16"))
+    return made
+
+
+def prepared_calls(options: argparse.Namespace, layers: list[Any]) -> Iterator[Prepared]:
+    work = Work(
+        weight_bytes=sum(layer.packed_bytes for layer in layers) / len(layers),
+        operations=2.0 * options.tokens * options.in_features * options.out_features,
+    )
+    out = np.empty((options.tokens, options.out_features), dtype=np.uint16)
+    to = view(out, dtype="bf16")
+    for layer, x in zip(cycle(layers), inputs(options.tokens, options.in_features, count=4), strict=False):
+
+        def call(layer: Any = layer, given: Any = view(x, dtype="bf16"), alive: Any = x) -> None:
+            layer.forward(given, to)
+
+        yield call, work
+
+
+def errors(options: argparse.Namespace, layer: Any) -> dict[str, float]:
+    """Relative Frobenius error of one call of up to 64 tokens against fp32 with the dequantised weights."""
+    tokens = min(options.tokens, 64)
+    x = next(inputs(tokens, options.in_features, count=1, seed=99))
+    out = np.empty((tokens, options.out_features), dtype=np.float32)
+    layer.forward(view(x, dtype="bf16"), view(out, dtype="f32"))
+    weight = np.empty((options.out_features, options.in_features), dtype=np.float32)
+    layer.unpack(view(weight, dtype="f32"))
+    return {"error_dequantised": relative_error(out, from_bf16(x) @ weight.T)}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    from numagraft import native
+    from numagraft.native.limits import regions_of
+
+    runtime = native.Runtime(machine.layout(options.threads))
+    source = WeightSource(options.in_features * options.out_features)
+    begin = time.perf_counter()
+    layers = [layer_weights(options, runtime, source, owner="layers.0.linear")]
+    limit = min(ROTATION_BYTES, options.memory_gib * 2**30)
+    count = rotation.layers_for(layers[0].packed_bytes, at_least=limit)
+    layers += [layer_weights(options, runtime, source, owner=f"layers.{i}.linear") for i in range(1, count)]
+    packing = time.perf_counter() - begin
+    packed = sum(layer.packed_bytes for layer in layers)
+    weights = options.in_features * options.out_features * count
+    figures = sample(
+        prepared_calls(options, layers),
+        runtime,
+        regions_of(buffer for layer in layers for buffer in layer.buffers()),
+        kind=options.format,
+        isa=native.capabilities().isa,
+        activations=options.activations,
+        warm_up=min(count, 8),
+        sampling=Sampling(rounds=options.rounds, seconds=options.seconds),
+    )
+    return {
+        **figures,
+        "in": options.in_features,
+        "out": options.out_features,
+        "tokens": options.tokens,
+        "format": options.format,
+        "activations": options.activations,
+        "threads": sum(node.threads for node in runtime.layout.nodes),
+        "layers": count,
+        "packed_gib": packed / 2**30,
+        "bits_per_weight": packed * 8 / weights,
+        "packing_gb_per_s": weights * 2 / 1e9 / packing,
+        **(errors(options, layers[0]) if options.error else {}),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    sizes = {"--in": options.in_features, "--out": options.out_features, "--tokens": options.tokens}
+    if problems := [f"{name} is {size}: expected at least 1" for name, size in sizes.items() if size < 1]:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    machine.force_isa(options.isa)
+    from numagraft.errors import NumagraftError
+
+    try:
+        result = run(options)
+    except NumagraftError as error:
+        print(error, file=sys.stderr)
+        return 2
+    emit(result, as_json=options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
