@@ -263,6 +263,8 @@ class Platform:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlatformError("not a platform", [Problem("", f"not JSON: {error}")]) from error
+        if isinstance(data, dict) and isinstance(data.get("platform"), dict):
+            data = data["platform"]  # what `numagraft doctor --json` prints
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise PlatformError(
