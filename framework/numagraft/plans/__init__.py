@@ -1,0 +1,1 @@
+"""How plans are made, judged and shown; `numagraft.planning` is what others use."""

@@ -1,0 +1,338 @@
+"""One planning: matches, checks with operators, places in model order, adds up. Imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from numagraft.contract import Operator, Rejected, Units
+from numagraft.errors import ConfigurationError, NumagraftError, PlanError, RuleError
+from numagraft.matching import Decision, Matches, Verdict, match
+from numagraft.params import build_params
+from numagraft.placement import PlacementSpec, Placer
+from numagraft.planning import Fallback, KeptModule, Plan, PlannedModule
+from numagraft.registry import load_operator
+from numagraft.roles import ModuleInfo
+from numagraft.rulefile.problems import Problems
+from numagraft.rulefile.requires import check_requires
+from numagraft.rulefile.rules import DEFAULT, Rule, RuleSet
+from numagraft.runtime import RuntimeLayout
+
+if TYPE_CHECKING:
+    from numagraft.platform import Platform
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Usable:
+    """A rule's operator and its checked parameters."""
+
+    operator: type[Operator]
+    params: Any
+    device: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What one placed module asked: kept so that other policies can be worked out without the model."""
+
+    name: str
+    rule: Rule
+    module: nn.Module
+    usable: Usable
+    spec: PlacementSpec
+    units: Units
+
+
+def operator_class(name: str) -> type[Operator]:
+    """A registered operator, or the class behind a dotted path (rules let one through only where code is trusted).
+
+    Raises ConfigurationError when it cannot be imported or is no operator.
+    """
+    if "." not in name and ":" not in name:
+        return load_operator(name)
+    module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"the class {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        raise ConfigurationError(f"{name!r} is no operator: it must be a subclass of numagraft.contract.Operator")
+    return found
+
+
+class Planner:
+    """Problems of rules and of the plan are collected over the whole model and raised together."""
+
+    def __init__(
+        self, model: nn.Module, rules: RuleSet, platform: Platform, layout: RuntimeLayout, dtype: torch.dtype | None
+    ) -> None:
+        self._model = model
+        self._rules = rules
+        self._platform = platform
+        self._layout = layout
+        self._dtype = dtype
+        self._rule_problems = Problems()
+        self._plan_problems = Problems()
+        self._usable: dict[str, Usable | None] = {}
+        self._rejections: dict[tuple[str, str], list[str]] = {}
+        self._kept_because: dict[str, str] = {}
+        self._notes: dict[str, str] = {}
+        self.placed: list[Placed] = []
+
+    def plan(self) -> Plan:
+        """Raises RuleError or PlanError."""
+        config = getattr(self._model, "config", None)
+        check_requires(self._rules, self._platform, getattr(config, "model_type", None), self._plan_problems)
+        for rule in self._rules.rules:
+            self._prepare(rule)
+        matches = match(self._model, self._rules, judge=self._judge, problems=self._rule_problems)
+        modules = self._place(matches)
+        fallbacks = self._report_rejections()
+        self._raise()
+        devices = {module.name: module.device for module in modules}
+        kept, kept_bytes, kept_on = self._keep(matches, devices)
+        modules = [
+            _moved(module, kept, devices) if module.operator == DEFAULT else module for module in modules
+        ]
+        node_bytes: dict[int, int] = {index: 0 for index in range(len(self._layout.nodes))}
+        device_bytes = dict(kept_on)
+        for module in modules:
+            for node, amount in module.node_bytes.items():
+                node_bytes[node] = node_bytes.get(node, 0) + amount
+            if module.operator != DEFAULT:
+                for device, amount in module.device_bytes.items():
+                    device_bytes[device] = device_bytes.get(device, 0) + amount
+        host = device_bytes.pop(CPU, 0)
+        return Plan(
+            model_class=type(self._model).__name__,
+            source=self._rules.source,
+            layout=self._layout,
+            modules=tuple(modules),
+            kept_bytes=kept_bytes + host,
+            notes=(*self._rules.notes, *self._layout_notes(), *matches.notes),
+            fallbacks=tuple(str(fallback) for fallback in fallbacks),
+            node_bytes=node_bytes,
+            device_bytes=device_bytes,
+            kept=tuple(kept),
+            bytes_per_token=sum(module.bytes_per_token for module in modules),
+        )
+
+    def _layout_notes(self) -> tuple[str, ...]:
+        return tuple(getattr(self._layout, "notes", ()))
+
+    def _prepare(self, rule: Rule) -> None:
+        """The rule's operator, kwargs and device, checked before any module is looked at."""
+        self._usable[rule.id] = None
+        if rule.replace.operator == DEFAULT:
+            return
+        try:
+            operator = operator_class(rule.replace.operator)
+        except (ConfigurationError, ImportError) as error:
+            self._rule_problems.add(rule.mark("replace.class"), str(error))
+            return
+        params = build_params(operator.Params, rule, self._rule_problems)
+        device = rule.replace.device or CPU
+        verdict = operator.check_device(device, self._platform)
+        if isinstance(verdict, Rejected):
+            self._rule_problems.add(
+                rule.mark("replace.device"), f"{rule.replace.operator} on {device}: {verdict.reason}", "change the device"
+            )
+            return
+        if params is not None:
+            self._usable[rule.id] = Usable(operator, params, device)
+
+    def _judge(self, info: ModuleInfo, rule: Rule) -> Verdict:
+        if rule.replace.operator == DEFAULT:
+            return "take"
+        usable = self._usable[rule.id]
+        if usable is None:
+            return "take"  # its problem is known; going on finds the others
+        verdict = usable.operator.check(info.module, usable.params, self._platform)
+        if not isinstance(verdict, Rejected):
+            parent_name, _, attribute = info.name.rpartition(".")
+            parent = self._model.get_submodule(parent_name)
+            note = verdict.note
+            verdict = usable.operator.check_within(parent, attribute)
+            note = note or getattr(verdict, "note", "")
+            if not isinstance(verdict, Rejected):
+                self._notes[info.name] = note
+                return "take"
+        self._rejections.setdefault((rule.id, verdict.reason), []).append(info.name)
+        if rule.on_unavailable == "error":
+            return "take"
+        if rule.on_unavailable == "keep":
+            self._kept_because[info.name] = f"rule {rule.id!r}: {verdict.reason}"
+        return rule.on_unavailable
+
+    def _report_rejections(self) -> list[Fallback]:
+        fallbacks = []
+        for (rule_id, reason), names in self._rejections.items():
+            rule = self._rules.rule(rule_id)
+            if rule.on_unavailable != "error":
+                fallbacks.append(Fallback(rule_id, rule.location, rule.on_unavailable, reason, tuple(names)))
+                continue
+            shown = ", ".join(names[:3]) + (f", ... ({len(names):,} modules)" if len(names) > 3 else "")
+            self._plan_problems.add(
+                rule.location,
+                f"rule {rule_id!r}: {rule.replace.operator} cannot replace {shown}: {reason}",
+                "narrow the rule, or say what to do: on_unavailable: next (try later rules) or keep (leave it to torch)",
+            )
+        return fallbacks
+
+    def _place(self, matches: Matches) -> list[PlannedModule]:
+        placer = Placer(self._layout)
+        failed: set[str] = set()
+        modules = []
+        for decision in matches.decisions:
+            rule = decision.rule
+            if rule is None:
+                continue
+            info = decision.info
+            if rule.replace.operator == DEFAULT:
+                if rule.replace.device is not None:
+                    modules.append(_planned(info, rule, rule.replace.device, None, None, {}, {}, 0, "kept"))
+                continue
+            usable = self._usable[rule.id]
+            if usable is None or (rule.id in failed) or self._was_rejected(rule, info.name):
+                continue
+            try:
+                modules.append(self._place_one(decision, rule, usable, placer))
+            except NumagraftError as error:
+                failed.add(rule.id)
+                place = rule.mark("replace.kwargs.placement")
+                details = error.problems or ()
+                for problem in details:
+                    self._plan_problems.add(place, f"{problem.message}", problem.hint)
+                if not details:
+                    self._plan_problems.add(place, str(error))
+        return modules
+
+    def _was_rejected(self, rule: Rule, name: str) -> bool:
+        return any(id_ == rule.id and name in names for (id_, _), names in self._rejections.items())
+
+    def _place_one(self, decision: Decision, rule: Rule, usable: Usable, placer: Placer) -> PlannedModule:
+        info = decision.info
+        units = usable.operator.units(info.module, usable.params)
+        placement = None
+        if units is not None:
+            spec = getattr(usable.params, "placement", PlacementSpec())
+            placement = placer.place(rule.id, spec, units)
+            self.placed.append(Placed(info.name, rule, info.module, usable, spec, units))
+        footprint = usable.operator.footprint(info.module, usable.params, placement, usable.device)
+        note = self._notes.get(info.name, "")
+        return _planned(
+            info,
+            rule,
+            usable.device,
+            usable.params,
+            placement,
+            footprint.node_bytes,
+            footprint.device_bytes,
+            footprint.bytes_per_token,
+            note,
+        )
+
+    def _keep(
+        self, matches: Matches, devices: Mapping[str, str]
+    ) -> tuple[list[KeptModule], int, dict[str, int]]:
+        """Modules that keep parameters or buffers, and the bytes they hold on the CPU and elsewhere; tied ones count once."""
+        seen: set[int] = set()
+        kept: list[KeptModule] = []
+        on: dict[str, int] = {}
+        root = Decision(ModuleInfo("", self._model, None, None, "text"))
+        for decision in (root, *matches.decisions):
+            if decision.owner is not None or decision.replaced:
+                continue
+            info = decision.info
+            amount = 0
+            own = (*info.module._parameters.values(), *info.module._buffers.values())
+            for tensor in own:
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    amount += tensor.numel() * self._itemsize(tensor)
+            if not amount:
+                continue
+            device = _device_of(info.name, devices)
+            on[device] = on.get(device, 0) + amount
+            kept.append(
+                KeptModule(info.name, info.class_name, info.role or "", device, amount, self._why_kept(decision))
+            )
+        return kept, on.pop(CPU, 0), on
+
+    def _itemsize(self, tensor: torch.Tensor) -> int:
+        if self._dtype is not None and tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
+            return self._dtype.itemsize
+        return tensor.element_size()
+
+    def _why_kept(self, decision: Decision) -> str:
+        if decision.rule is not None:
+            return f"rule {decision.rule.id!r} keeps it"
+        if decision.stopped_by is not None:
+            return f"below {decision.stopped_by}, which is kept with `recursive: false`"
+        return self._kept_because.get(decision.info.name, "no rule matches")
+
+    def _raise(self) -> None:
+        subject = f"{self._rules.source} on {type(self._model).__name__}"
+        if self._plan_problems:
+            self._plan_problems.absorb(self._rule_problems)
+            self._plan_problems.raise_if_any(subject, PlanError)
+        self._rule_problems.raise_if_any(subject, RuleError)
+
+
+def _planned(
+    info: ModuleInfo,
+    rule: Rule,
+    device: str,
+    params: Any,
+    placement: Any,
+    node_bytes: Mapping[int, int],
+    device_bytes: Mapping[str, int],
+    bytes_per_token: int,
+    note: str,
+) -> PlannedModule:
+    return PlannedModule(
+        name=info.name,
+        class_name=info.class_name,
+        role=info.role or "",
+        rule_id=rule.id,
+        location=rule.location,
+        operator=rule.replace.operator,
+        device=device,
+        params=params,
+        placement=placement,
+        node_bytes=dict(node_bytes),
+        device_bytes=dict(device_bytes),
+        bytes_per_token=bytes_per_token,
+        note=note,
+    )
+
+
+def _device_of(name: str, devices: Mapping[str, str]) -> str:
+    """The device of the nearest planned module around `name`, itself included; the CPU without one."""
+    while name:
+        if name in devices:
+            return devices[name]
+        name = name.rpartition(".")[0]
+    return CPU
+
+
+def _moved(module: PlannedModule, kept: list[KeptModule], devices: Mapping[str, str]) -> PlannedModule:
+    """A kept and moved module with the bytes that move with it: those of what is kept inside it."""
+    total = sum(
+        each.bytes for each in kept if each.name == module.name or _nearest(each.name, devices) == module.name
+    )
+    return dataclasses.replace(module, device_bytes={module.device: total} if total else {})
+
+
+def _nearest(name: str, devices: Mapping[str, str]) -> str:
+    while name and name not in devices:
+        name = name.rpartition(".")[0]
+    return name
