@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import initramfs
+from .clock import counter_khz
 from .kernel import QEMU, Cache
 from .topologies import Topology
 
@@ -82,7 +83,9 @@ def run(
         initrd = Path(scratch, "initrd")
         initrd.write_bytes(cache.base.read_bytes() + initramfs.archive(job))
         arguments = command_line(topology, kernel=cache.kernel, initrd=initrd, accelerator=accelerator)
-        arguments[arguments.index("-append") + 1] += f" {kernel_arguments}"
+        khz = counter_khz() if accelerator == "tcg" else None
+        clock = f" tsc_early_khz={khz}" if khz else ""
+        arguments[arguments.index("-append") + 1] += f"{clock} {kernel_arguments}"
         return _supervise(arguments, timeout=timeout, output=output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from . import __main__ as cli
 from . import initramfs, kernel, machine
+from .clock import counter_khz
 from .topologies import TOPOLOGIES, Node, Topology, with_nodes
 
 
@@ -132,3 +134,10 @@ def test_modules_come_after_what_they_need(tmp_path):
 )
 def test_counts_are_read_from_the_last_line(line, counts):
     assert cli._counts(f"5 passed\n{line}\n") == counts
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the lab runs on x86-64 only")
+def test_the_counters_rate_is_measured():
+    khz = counter_khz()
+    assert khz is not None and 500_000 < khz < 10_000_000
+    assert abs(counter_khz() - khz) < 0.02 * khz

@@ -84,7 +84,7 @@ TOPOLOGIES = {
     topology.name: topology
     for topology in (
         Topology("1-node", "one node", _even(1, mib=1536)),
-        Topology("2-nodes", "two sockets, one node each", _even(2, mib=1024), sockets=2, huge_2m=16),
+        Topology("2-nodes", "two sockets, one node each", _even(2), sockets=2, huge_2m=16),
         Topology("4-nodes", "two sockets of two nodes (NPS2, SNC2)", _even(4), sockets=2),
         Topology("8-nodes", "two sockets of four nodes (NPS4, SNC4)", _even(8, cpus=1, mib=512), sockets=2),
         Topology(
