@@ -137,8 +137,15 @@ class MergedExperts(LazyTensor):
         return merged
 
 
-def read_table(path: Path) -> tuple[str, tuple[Stored, ...]]:
-    """Architecture and tensors of a file, through the `gguf` package's reader, which is let go of (it maps the file).
+#: sizes of a mixture of experts that transformers' tables leave at the defaults of the configuration class
+_EXPERT_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
+def read_table(path: Path) -> tuple[str, tuple[Stored, ...], dict[str, int]]:
+    """Architecture, tensors and experts' sizes, through the `gguf` package's reader, which is let go of (it maps the file).
 
     Raises CheckpointError for anything that is not a whole GGUF file.
     """
@@ -158,6 +165,11 @@ def read_table(path: Path) -> tuple[str, tuple[Stored, ...]]:
             )
             for tensor in reader.tensors
         )
+        sizes = {
+            key: int(reader.fields[f"{architecture}.{key}"].contents())
+            for key in _EXPERT_SIZES
+            if f"{architecture}.{key}" in reader.fields
+        }
     except Exception as error:
         # the reader raises whatever numpy raises on a file that ends early or that announces nonsense
         raise CheckpointError(
@@ -170,7 +182,7 @@ def read_table(path: Path) -> tuple[str, tuple[Stored, ...]]:
         raise CheckpointError(
             f"{path} ends at byte {size}, before its tensors do: it is truncated; {_AGAIN}", beyond[:8]
         )
-    return architecture, stored
+    return architecture, stored, sizes
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -191,8 +203,11 @@ class GgufCheckpoint(Checkpoint):
     """One GGUF file. Its names are known only for a model: `bind` first."""
 
     def __init__(self, path: Path) -> None:
-        self.architecture, self._stored = read_table(path)
+        self.architecture, self._stored, sizes = read_table(path)
         super().__init__(str(path), read_config(path))
+        for key, size in sizes.items():
+            if hasattr(self.config, _EXPERT_SIZES[key]):
+                setattr(self.config, _EXPERT_SIZES[key], size)
         self.path = path
         self._file = UncachedFile(path)
         self._deferred = False
