@@ -28,6 +28,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_import_loads_neither_torch_nor_native():
-    code = "import numagraft, sys; print([m for m in ('torch', 'transformers', 'numagraft._native') if m in sys.modules])"
+    code = (
+        "import numagraft, sys; print([m for m in ('torch', 'transformers', 'numagraft._native') if m in sys.modules])"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert shown == "[]"

@@ -4,44 +4,16 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from numagraft.api import carry_out
 from numagraft.checkpoints import open_checkpoint
-from numagraft.loading import Load
-from numagraft.quantizer import GraftConfig
+from numagraft.checkpoints.memory import skeleton_of
 from tests import models
-from tests.plain_operators import plan_plain
+from tests.grafting import graft_plain, load_plain, logits, skeleton_for
 
-TOKENS = torch.tensor([[1, 5, 9, 30, 77, 3]])
-
-
-@pytest.fixture(autouse=True)
-def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain operators place nothing; the proof itself is tested with real ones."""
-    loading = importlib.import_module("numagraft.loading")
-    report = SimpleNamespace(require=lambda: None)
-    monkeypatch.setattr(loading, "make_reporter", lambda *_: lambda: report)
-
-
-def skeleton_for(config: object, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    with torch.device("meta"):
-        return models.build(config, dtype=dtype)
-
-
-def load(path: Path, *, lm_head: bool = True, dtype: torch.dtype = torch.float32, **options: object):
-    with open_checkpoint(path) as source:
-        skeleton = skeleton_for(source.config, dtype)
-        plan = plan_plain(skeleton, lm_head=lm_head)
-        return carry_out(plan, source, skeleton, dtype=dtype, config=GraftConfig(), **options)
-
-
-def logits(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(tokens).logits
+pytestmark = pytest.mark.usefixtures("unproven")
 
 
 @pytest.mark.parametrize("family", models.CONFIGS)
@@ -50,7 +22,7 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tenso
 @pytest.mark.parametrize("shards", ["50GB", "50KB"])
 def test_logits_are_equal_to_the_bit(tmp_path: Path, family: str, tied: bool, lm_head: bool, shards: str) -> None:
     original = models.build(models.CONFIGS[family](tie_word_embeddings=tied))
-    grafted = load(models.save(original, tmp_path, max_shard_size=shards), lm_head=lm_head)
+    grafted = load_plain(models.save(original, tmp_path, max_shard_size=shards), lm_head=lm_head)
     assert torch.equal(logits(grafted), logits(original))
     assert grafted.num_parameters() == original.num_parameters()
     assert grafted.device == original.device and grafted.dtype == original.dtype
@@ -59,7 +31,7 @@ def test_logits_are_equal_to_the_bit(tmp_path: Path, family: str, tied: bool, lm
 def test_progress_counts_every_byte_of_the_checkpoint(tmp_path: Path) -> None:
     path = models.save(models.build(models.qwen3_moe()), tmp_path)
     calls: list[tuple[int, int, str]] = []
-    load(path, progress=lambda *call: calls.append(call))
+    load_plain(path, progress=lambda *call: calls.append(call))
     total = sum(tensor.nbytes for tensor in open_checkpoint(path).values())
     assert calls[-1][:2] == (total, total)
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
@@ -79,7 +51,7 @@ def test_experts_stream_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             original(self, name, tensor, expert=expert),
         ),
     )
-    load(path)
+    load_plain(path)
     assert sorted(taken) == sorted(
         (name, e) for name in ("gate_up_proj", "down_proj") for e in range(4) for _ in range(2)
     )
@@ -89,19 +61,16 @@ def test_a_converter_we_do_not_stream_still_works(tmp_path: Path, monkeypatch: p
     original = models.build(models.qwen3_moe())
     path = models.save(original, tmp_path)
     monkeypatch.setattr("numagraft.preflight.merges_experts", lambda converter: False)
-    assert torch.equal(logits(load(path)), logits(original))
+    assert torch.equal(logits(load_plain(path)), logits(original))
 
 
 def test_a_model_in_memory(tmp_path: Path) -> None:
-    from numagraft.checkpoints.memory import skeleton_of
-
     for family, tied in [("llama", True), ("llama", False), ("qwen3_moe", False)]:
         model = models.build(models.CONFIGS[family](tie_word_embeddings=tied))
         expected, count = logits(model), model.num_parameters()
         skeleton = skeleton_of(model)
         assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
-        grafted = Load(plan_plain(skeleton)).graft_in_memory(model, skeleton)
-        assert grafted is model
+        assert graft_plain(model) is model
         assert torch.equal(logits(model), expected)
         assert model.num_parameters() == count
 
@@ -111,7 +80,7 @@ def test_smollm2(smollm2_gguf: Path) -> None:
 
     from numagraft.checkpoints import load_tokenizer
 
-    grafted = load(smollm2_gguf)
+    grafted = load_plain(smollm2_gguf)
     with open_checkpoint(smollm2_gguf) as source:
         skeleton = skeleton_for(source.config)
         source.bind(skeleton)
