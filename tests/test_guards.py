@@ -17,8 +17,6 @@ from numagraft.guards import is_grafted
 from tests import models
 from tests.grafting import graft_plain, load_plain, logits
 
-pytestmark = pytest.mark.usefixtures("unproven")
-
 
 @pytest.fixture(scope="module", params=["llama", "qwen3_moe"])
 def original(request: pytest.FixtureRequest) -> Any:
@@ -26,7 +24,7 @@ def original(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def grafted(original: Any, unproven: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def grafted(original: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_plain(models.save(original, tmp_path_factory.mktemp("model")))
 
 

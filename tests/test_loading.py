@@ -13,8 +13,6 @@ from numagraft.checkpoints.memory import skeleton_of
 from tests import models
 from tests.grafting import graft_plain, load_plain, logits, skeleton_for
 
-pytestmark = pytest.mark.usefixtures("unproven")
-
 
 @pytest.mark.parametrize("family", models.CONFIGS)
 @pytest.mark.parametrize("tied", [False, True])

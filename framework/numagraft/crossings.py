@@ -1,7 +1,6 @@
 """Crossings between devices: a module on another device than its surroundings gets its inputs moved there and back.
 
-Here for modules that are kept (`class: default` with a device) and for placed operators inside such a module; operators
-without placement run anywhere and cross by themselves.
+Here for modules that are kept (`class: default` with a device); operators cross by themselves.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ def device_of(name: str, devices: dict[str, torch.device]) -> torch.device:
 
 
 def add_crossings(model: nn.Module, plan: Plan) -> list[str]:
-    """Adds hooks where a planned module's device differs from what surrounds it; returns those modules' names."""
+    """Adds hooks where a kept module's device differs from what surrounds it; returns those modules' names."""
     devices = devices_by_module(plan)
     crossed = []
     for each in plan.modules:
-        if each.operator != KEEP and each.placement is None:
+        if each.operator != KEEP:
             continue
         name, device = each.name, devices[each.name]
         home = device_of(name.rpartition(".")[0], devices)

@@ -8,6 +8,7 @@ whose `items()` raises, which the loader calls outside its net.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,7 @@ from numagraft.errors import NumagraftError, Problem, UnsupportedOperationError,
 from numagraft.guards import guard
 from numagraft.injection import Grafts, inject, make_operators, swap
 from numagraft.progress import Meter, Progress
+from numagraft.report import PlacedWeight, PlacementReport, build_report
 from numagraft.tied import doubled_elements, pack_tied, tied_names, untie
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from numagraft.native import Runtime
     from numagraft.planning import Plan
     from numagraft.platform import Platform
-    from numagraft.report import PlacementReport
     from numagraft.runtime import RuntimeLayout
 
 _SHOWN = 8
@@ -91,6 +92,7 @@ class Load:
         self.allow_unexpected = tuple(allow_unexpected)
         self.meter = Meter(progress, checkpoint.source_bytes if checkpoint is not None else 0)
         self.grafts = Grafts({}, {}, {})
+        self.runtime: Runtime | None = None
         self.residue_bytes: int | None = None
         self._tied: frozenset[str] = frozenset()
         self._expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
@@ -104,7 +106,8 @@ class Load:
         self._expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
         self._tied = tied_names(model)
         self._dtype = getattr(model.config, "dtype", None) or torch.float32
-        self.grafts = make_operators(model, self.plan, make_runtime(self.plan))
+        self.runtime = make_runtime(self.plan)
+        self.grafts = make_operators(model, self.plan, self.runtime)
         inject(model, self.grafts)
 
     def conversions(self, conversions: Iterable[WeightTransform], model: PreTrainedModel) -> list[WeightTransform]:
@@ -265,7 +268,8 @@ class Load:
         `skeleton` is the same model on the meta device. A failure leaves a model that refuses to run.
         """
         self._expected = {name: (value.shape, value.dtype) for name, value in skeleton.state_dict().items()}
-        self.grafts = make_operators(skeleton, self.plan, make_runtime(self.plan))
+        self.runtime = make_runtime(self.plan)
+        self.grafts = make_operators(skeleton, self.plan, self.runtime)
         doubled = doubled_elements(skeleton, self.grafts)
         self.meter.total_bytes = sum(
             shape.numel() * dtype.itemsize
@@ -302,7 +306,11 @@ class Load:
         refuse_meta(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        prove(model, self.plan, self.grafts, self.residue_bytes)
+        report = make_reporter(self.plan, self.grafts, self.runtime, self.residue_bytes)
+        if self.plan.layout.strict:
+            report().require()
+        model.numagraft_plan = self.plan
+        model.placement_report = report
         guard(model, self.grafts.operators, doubled)
         self.release()
         return model
@@ -468,25 +476,30 @@ def move_buffers(model: nn.Module, devices: dict[str, torch.device]) -> None:
                 module._buffers[local] = buffer.to(device)
 
 
-def prove(model: PreTrainedModel, plan: Plan, grafts: Grafts, residue_bytes: int | None) -> None:
-    """Asks the kernel for every placed page; keeps plan and report on the model. Raises PlacementError if strict."""
-    report = make_reporter(plan, grafts.operators, residue_bytes)
-    first = report()
-    model.numagraft_plan = plan
-    model.placement_report = report
-    if plan.layout.strict:
-        first.require()
+@dataclass(frozen=True)
+class NothingPlaced:
+    """Stands for a runtime in the report of a plan that places nothing."""
+
+    layout: RuntimeLayout
+
+    def memory_report(self) -> tuple[()]:
+        return ()
 
 
 def make_reporter(
-    plan: Plan, operators: Mapping[str, nn.Module], residue_bytes: int | None
+    plan: Plan, grafts: Grafts, runtime: Runtime | None, residue_bytes: int | None
 ) -> Callable[[], PlacementReport]:
-    """A function that asks the kernel again at any time."""
+    """A function that asks the kernel where every packed weight is, at any time."""
+    asked = runtime if runtime is not None else NothingPlaced(plan.layout)
+    operators, planned = grafts.operators, grafts.planned
 
     def placement_report() -> PlacementReport:
         """Where the packed weights are now, asked from the kernel."""
-        from numagraft.report import build_report
-
-        return build_report(plan, operators, page_cache_residue=residue_bytes)
+        placed = [
+            PlacedWeight(each.rule_id, name, each.placement, tuple(operators[name].buffers_placed()))
+            for name, each in planned.items()
+            if each.placement is not None
+        ]
+        return build_report(placed, asked, page_cache_residue=residue_bytes, fallbacks=plan.fallbacks)
 
     return placement_report
