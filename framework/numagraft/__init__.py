@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numagraft.quantizer import GraftConfig
     from numagraft.report import PlacementReport
     from numagraft.runtime import RuntimeLayout
+    from numagraft.stats import operator_stats
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ _HOME = {
     "UnsupportedOperationError": "errors",
     "WeightError": "errors",
     "load_and_optimize": "api",
+    "operator_stats": "stats",
     "optimize": "api",
     "plan": "api",
 }
@@ -66,6 +68,7 @@ __all__ = [
     "UnsupportedOperationError",
     "WeightError",
     "load_and_optimize",
+    "operator_stats",
     "optimize",
     "plan",
 ]
