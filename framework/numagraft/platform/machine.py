@@ -96,7 +96,8 @@ class Platform:
             notes.append("no node tells how much memory it has")
             with_memory = [node.id for node in nodes]
         allowed_nodes = _allowed(with_memory, allowance.nodes, "memory node", notes)
-        lost = [cpu.id for cpu in cpus if cpu.online and cpu.node not in {node.id for node in nodes}]
+        node_ids = {node.id for node in nodes}
+        lost = [cpu.id for cpu in cpus if cpu.online and cpu.node not in node_ids]
         if lost:
             notes.append(f"CPUs {format_list(lost)} belong to no online node and are left alone")
         model = read_cpu_model(tree)
