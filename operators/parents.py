@@ -13,11 +13,11 @@ from torch import nn
 _PEEKS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "element_size", "is_floating_point", "requires_grad"}
 # never part of computing with a loaded model
 _SETUP = {"__init__", "_init_weights", "reset_parameters", "tie_weights", "_tie_weights", "set_output_embeddings"}
-_WEIGHTS = {"weight", "bias"}
+_WEIGHTS = {"weight", "bias", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
 
 
 def computes_with(parent: nn.Module, attribute: str) -> str | None:
-    """Where `parent`'s class computes with `self.<attribute>.weight` or `.bias` instead of calling the child:
+    """Where `parent`'s class computes with a weight of `self.<attribute>` instead of calling the child, for example
     "BambaMixer.cuda_kernels_forward"; None when it does not, or its source cannot be read."""
     for cls in type(parent).__mro__:
         if cls.__module__ in ("torch.nn.modules.module", "builtins", "transformers.modeling_utils"):

@@ -72,3 +72,11 @@ def test_an_inherited_method_counts():
         pass
 
     assert computes_with(Derived(), "child") == "Base.forward"
+
+
+def test_fused_expert_weights_count_as_well():
+    class Block(nn.Module):
+        def forward(self, x):
+            return x @ self.experts.gate_up_proj[0] + self.experts.num_experts
+
+    assert computes_with(Block(), "experts") == "Block.forward"
