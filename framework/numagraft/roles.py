@@ -20,15 +20,14 @@ ROLES: tuple[str, ...] = get_args(Role)
 TOWERS: tuple[str, ...] = get_args(Tower)
 
 _NORM = re.compile(r"norm", re.IGNORECASE)
-_ATTENTION = re.compile(r"attention|attn(?!norm)|deltanet|(?<![a-z])MLA(?![a-z])", re.IGNORECASE)
-_MIXER = re.compile(r"mamba|mixer|recurrent|rwkv|lstm|conv|ssm|rglru|hyena", re.IGNORECASE)
-_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
+_ATTENTION = re.compile(r"(?i:attention|attn(?!norm)|deltanet)(?!\w*(Layer|Block)$)|MLA$")
+_MLP = re.compile(r"mlp$|feed_?forward$|ffn$|mlp_block$", re.IGNORECASE)
 _EXPERTS = re.compile(r"experts?", re.IGNORECASE)
 _ROUTER = re.compile(r"router|(?<!shared_expert_)gate$|gating|topk|(?<![a-z])wg$", re.IGNORECASE)
 _SHARED = re.compile(r"shared", re.IGNORECASE)
 _LAYER = re.compile(r"(layer|block)\w*$", re.IGNORECASE)
 _STACK_NAMES = {"layers", "layer", "h", "blocks", "block", "decoder_layers"}
-_VISION = re.compile(r"vision|visual|image|pixel|patch|(?:^|_)vit(?:$|_)|vq_?model|vqvae|resampler|perceiver|siglip")
+_VISION = re.compile(r"vision|visual|image|pixel|patch_?embed|(?:^|_)vit(?:$|_)|vq_?model|vqvae|resampler|perceiver|siglip")
 _AUDIO = re.compile(r"audio|speech|sound|mel_|code2wav|token2wav|depth_decoder")
 _JOINT = re.compile(r"multi_?modal_proj|mm_proj|projector|connector|aligner|merger")
 
@@ -68,13 +67,12 @@ def count_experts(module: nn.Module) -> int | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return None
     fused = [p.shape[0] for p in module._parameters.values() if p is not None and p.ndim == 3 and p.shape[0] > 1]
-    if not fused or len(set(fused)) != 1:
+    if not fused:
         return None
-    named = any(_EXPERTS.search(cls.__name__) for cls in type(module).__mro__[:-1])
+    if any(_EXPERTS.search(cls.__name__) for cls in type(module).__mro__[:-1]):
+        return min(fused)  # identity ("zero") experts may have rows in one tensor and not in the other
     declared = getattr(module, "num_experts", None) or getattr(module, "num_local_experts", None)
-    if named or declared == fused[0]:
-        return fused[0]
-    return None
+    return fused[0] if set(fused) == {declared} else None
 
 
 class _Survey:
@@ -105,7 +103,7 @@ class _Survey:
                 role = self._role(child, key, inside=inside)
             self.infos.append(ModuleInfo(path, child, role, child_layer, child_tower))
             below = inside
-            if role in ("router", "attention", "experts", "mlp", "shared_experts"):
+            if role in ("router", "attention", "experts", "mlp", "shared_experts", "norm"):
                 below = role
             elif role in ("moe", "decoder_layer"):
                 below = None
@@ -130,7 +128,7 @@ class _Survey:
                 self._roles[id(child)] = "router"
             elif isinstance(child, nn.Linear) and child.out_features == 1:
                 self._roles[id(child)] = "shared_expert_gate"
-            elif _SHARED.search(key) and _holds_linears(child):
+            elif _SHARED.search(key) and (_holds_linears(child) or count_experts(child) is not None):
                 self._roles[id(child)] = "shared_experts"
 
     def _role(self, module: nn.Module, key: str, *, inside: str | None) -> str | None:
@@ -147,7 +145,7 @@ class _Survey:
             plain = not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
             return "linear" if plain and module.out_features > 1 else None
         children = {name: child for name, child in module._modules.items() if child is not None}
-        if _NORM.search(kind) and not any(isinstance(child, nn.Linear) for child in module.modules()):
+        if kind.endswith("Norm") or (_NORM.search(kind) and not _holds_linears(module)):
             return "norm"
         experts = _experts_children(children) if children and not isinstance(module, nn.ModuleList) else {}
         if experts and not _holds_attention(children):
@@ -160,10 +158,7 @@ class _Survey:
             return "attention"
         if _SHARED.search(key) and inside != "mlp" and _holds_linears(module) and not _LAYER.search(kind):
             return "shared_experts"
-        if _MLP.search(kind) and not _MIXER.search(kind) and _holds_projection(module) and inside not in (
-            "mlp",
-            "shared_experts",
-        ):
+        if _MLP.search(kind) and _holds_projection(module) and inside not in ("mlp", "shared_experts", "norm"):
             return "mlp"
         return None
 
@@ -186,7 +181,7 @@ def _experts_children(children: Mapping[str, nn.Module]) -> dict[str, int]:
     found = {}
     for key, child in children.items():
         count = count_experts(child)
-        if count is None:
+        if count is None or _SHARED.search(key):
             continue
         if isinstance(child, nn.ModuleList) and not (
             _EXPERTS.search(key)

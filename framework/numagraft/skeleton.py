@@ -30,6 +30,9 @@ def build(config_or_path: Any, *, dtype: torch.dtype | None = None, trust_code: 
 
 def build_class(cls: type[nn.Module], config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:
     """`cls(config)` on meta in `dtype`."""
+    text = (getattr(type(config), "sub_configs", None) or {}).get("text_config")
+    if text is not None and getattr(cls, "config_class", None) is text:
+        config = config.get_text_config()  # as from_pretrained does: the class is that of the language model alone
     chosen = dtype or _dtype(config) or torch.bfloat16
     before = torch.get_default_dtype()
     torch.set_default_dtype(chosen)
