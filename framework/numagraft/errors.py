@@ -39,32 +39,32 @@ class NumagraftError(Exception):
 
 
 class RuleError(NumagraftError, ValueError):
-    pass
+    """A rule file, an override or a preset is wrong; lists every problem with file:line:column."""
 
 
 class PlanError(NumagraftError, ValueError):
-    pass
+    """Rules and model do not go together, or the plan does not fit this machine."""
 
 
 class ConfigurationError(NumagraftError, ValueError):
-    pass
+    """An environment variable, an argument or a setting is wrong."""
 
 
 class CheckpointError(NumagraftError, ValueError):
-    pass
+    """A checkpoint is damaged, incomplete, of another model, or quantised by others."""
 
 
 class WeightError(NumagraftError, ValueError):
-    pass
+    """One tensor has the wrong shape or dtype, came twice, or never came."""
 
 
 class PlacementError(NumagraftError, RuntimeError):
-    pass
+    """Memory could not be placed as asked, or the proof failed."""
 
 
 class PlatformError(NumagraftError, OSError):
-    pass
+    """The machine, or a dump of one, cannot be read."""
 
 
 class UnsupportedOperationError(NumagraftError, RuntimeError):
-    pass
+    """Not possible on a grafted model: saving, copying, another dtype or device, training."""

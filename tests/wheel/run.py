@@ -1,4 +1,4 @@
-"""Builds the wheel, installs it into a fresh environment, and runs `test_installed.py` there, outside the source tree.
+"""Builds the wheel, installs it into a fresh environment, and runs `installed.py` there, outside the source tree.
 
 An editable install makes files importable that a wheel does not carry (and the reverse for data files), so only this shows
 what users get. Third-party packages are borrowed from the environment that runs this script.
@@ -44,11 +44,11 @@ def main() -> int:
         )  # fmt: skip
         subprocess.run([*pip, "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)], check=True)
         (site / "borrowed.pth").write_text("\n".join(third_party_paths()) + "\n")
-        shutil.copy(HERE / "test_installed.py", work / "test_installed.py")
+        shutil.copy(HERE / "installed.py", work / "installed.py")
         print(f"testing {wheel.name} ({wheel.stat().st_size / 2**20:.1f} MiB)", flush=True)
         return subprocess.run(
             [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", folder,
-             "test_installed.py"],
+             "installed.py"],
             cwd=work, check=False,
         ).returncode  # fmt: skip
 
