@@ -1,0 +1,65 @@
+#include "kernels/cpu_features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#endif
+
+namespace numagraft {
+
+#if defined(__x86_64__)
+namespace {
+
+struct Registers {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+};
+
+Registers leaf(unsigned number, unsigned sub = 0) {
+  Registers r;
+  if (__get_cpuid_max(0, nullptr) >= number) __cpuid_count(number, sub, r.a, r.b, r.c, r.d);
+  return r;
+}
+
+std::uint64_t saved_state() {
+  std::uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return std::uint64_t{high} << 32 | low;
+}
+
+bool bit(unsigned value, int index) { return (value >> index) & 1; }
+
+// Linux hands out the 8 KiB tile state only to processes that asked (threads and children inherit it).
+bool tile_permission() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+CpuFeatures detect_cpu_features() {
+  CpuFeatures features;
+  const Registers basic = leaf(1);
+  const Registers extended = leaf(7);
+  if (!bit(basic.c, 27)) return features;  // OSXSAVE: without it XGETBV faults
+  const std::uint64_t saved = saved_state();
+  const bool ymm = (saved & 0x6) == 0x6;
+  const bool zmm = ymm && (saved & 0xE0) == 0xE0;
+  const bool tiles = (saved & 0x60000) == 0x60000;
+  features.avx2 = ymm && bit(basic.c, 28) && bit(basic.c, 12) && bit(basic.c, 29) && bit(extended.b, 5) &&
+                  bit(extended.b, 3) && bit(extended.b, 8);
+  features.avx512 = features.avx2 && zmm && bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 28) &&
+                    bit(extended.b, 30) && bit(extended.b, 31);
+  features.avx512_vnni = features.avx512 && bit(extended.c, 11);
+  features.amx = features.avx512_vnni && tiles && bit(extended.d, 22) && bit(extended.d, 24) && bit(extended.d, 25) &&
+                 tile_permission();
+  return features;
+}
+#else
+CpuFeatures detect_cpu_features() { return {}; }
+#endif
+
+}  // namespace numagraft

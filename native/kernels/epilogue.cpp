@@ -1,0 +1,126 @@
+// What happens to a panel of results while it is in L1: bias, activation, conversion, sums. Compiled once per ISA.
+#include "kernels/kernel_table.h"
+#include "kernels/simd.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+constexpr int kHalves = kPanelColumns / kLanes;
+
+NUMAGRAFT_INLINE F bias_at(const float* bias, int half) { return bias ? load<F>(bias + half * kLanes) : F{}; }
+
+// Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
+NUMAGRAFT_INLINE F error_function(F x) {
+  const F magnitude = (F)((I)x & 0x7FFFFFFF);
+  const F t = splat(1.0f) / (splat(1.0f) + splat(0.3275911f) * magnitude);
+  F p = splat(1.061405429f);
+  p = p * t + splat(-1.453152027f);
+  p = p * t + splat(1.421413741f);
+  p = p * t + splat(-0.284496736f);
+  p = p * t + splat(0.254829592f);
+  const F value = splat(1.0f) - p * t * exponential(-magnitude * magnitude);
+  return (F)((I)value | ((I)x & static_cast<std::int32_t>(0x80000000)));
+}
+
+NUMAGRAFT_INLINE F activate(GateKind kind, F g) {
+  switch (kind) {
+    case GateKind::gelu:
+      return splat(0.5f) * g * (splat(1.0f) + error_function(g * splat(0.70710678f)));
+    case GateKind::gelu_tanh:  // 0.5 (1 + tanh z) = sigmoid(2 z)
+      return g * sigmoid(splat(1.5957691216f) * (g + splat(0.044715f) * g * g * g));
+    case GateKind::relu:
+      return maximum(F{}, g);
+    default:
+      return g * sigmoid(g);
+  }
+}
+
+template <GateKind kind>
+NUMAGRAFT_INLINE void gate_rows(const GateArgs& a) {
+  for (int half = 0; half < kHalves; ++half) {
+    const F gate_bias = bias_at(a.gate_bias, half);
+    const F up_bias = bias_at(a.up_bias, half);
+    for (std::int64_t row = 0; row < a.rows; ++row) {
+      F g = load<F>(a.gate + row * kPanelColumns + half * kLanes) + gate_bias;
+      F u = load<F>(a.up + row * kPanelColumns + half * kLanes) + up_bias;
+      F value;
+      if constexpr (kind == GateKind::clamped_swiglu) {
+        const F limit = splat(a.kind.limit);
+        g = minimum(limit, g);
+        u = minimum(limit, maximum(-limit, u));
+        value = g * sigmoid(splat(a.kind.alpha) * g) * (u + splat(1.0f));
+      } else {
+        value = activate(kind, g) * u;
+      }
+      store(a.inner + row * a.row_stride + half * kLanes, to_bf16(value));
+    }
+  }
+}
+
+}  // namespace
+
+void store_rows(const StoreArgs& a) {
+  const std::int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    std::byte* out = static_cast<std::byte*>(a.out) + row * a.row_stride * bytes;
+    for (int half = 0; half < kHalves; ++half) {
+      const int columns = a.columns - half * kLanes;
+      if (columns <= 0) break;
+      const F v = load<F>(a.c + row * kPanelColumns + half * kLanes) + bias_at(a.bias, half);
+      if (columns >= kLanes) {
+        store_from_float(out, a.dtype, half * kLanes, v);
+      } else {
+        alignas(64) std::byte last[64];
+        store_from_float(last, a.dtype, 0, v);
+        __builtin_memcpy(out + half * kLanes * bytes, last, static_cast<std::size_t>(columns * bytes));
+      }
+    }
+  }
+}
+
+void gate(const GateArgs& a) {
+  switch (a.kind.kind) {
+    case GateKind::silu:
+      return gate_rows<GateKind::silu>(a);
+    case GateKind::gelu:
+      return gate_rows<GateKind::gelu>(a);
+    case GateKind::gelu_tanh:
+      return gate_rows<GateKind::gelu_tanh>(a);
+    case GateKind::relu:
+      return gate_rows<GateKind::relu>(a);
+    case GateKind::clamped_swiglu:
+      return gate_rows<GateKind::clamped_swiglu>(a);
+  }
+}
+
+void accumulate(const AccumulateArgs& a) {
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    float* acc = a.acc + a.index[row] * a.acc_stride;
+    const F weight = splat(a.weight[row]);
+    for (int half = 0; half < kHalves; ++half) {
+      const F v = load<F>(a.c + row * kPanelColumns + half * kLanes) + bias_at(a.bias, half);
+      store(acc + half * kLanes, load<F>(acc + half * kLanes) + weight * v);
+    }
+  }
+}
+
+void reduce(const ReduceArgs& a) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= a.columns; i += kLanes) {
+    F total = load<F>(a.sources[0] + i);
+    for (int s = 1; s < a.count; ++s) total += load<F>(a.sources[s] + i);
+    store_from_float(a.out, a.dtype, i, total);
+  }
+  if (i < a.columns) {
+    alignas(64) float padded[kLanes] = {};
+    for (std::int64_t j = i; j < a.columns; ++j) {
+      for (int s = 0; s < a.count; ++s) padded[j - i] += a.sources[s][j];
+    }
+    alignas(64) std::byte last[64];
+    store_from_float(last, a.dtype, 0, load<F>(padded));
+    const std::int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
+    __builtin_memcpy(static_cast<std::byte*>(a.out) + i * bytes, last, static_cast<std::size_t>((a.columns - i) * bytes));
+  }
+}
+
+}  // namespace numagraft::NUMAGRAFT_ISA

@@ -1,0 +1,396 @@
+// AMX tiles: 16 x 64 bytes times 64 bytes x 16. A panel is worked through in chunks whose weights stay in L1; int4, mxfp4
+// and fp8 chunks are expanded there first. A single row is left to the vector kernels: it waits for memory anyway.
+#include "kernels/gemm_float.h"
+#include "kernels/gemm_vnni.h"
+#include "kernels/kernel_table.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+// gcc 12 declares neither the memory these touch nor the whole of the configuration, and may drop or move stores: hence
+// inline assembly with full operands (docs/kernels.md).
+struct alignas(64) TileConfig {
+  std::uint8_t palette;
+  std::uint8_t start_row;
+  std::uint8_t reserved[14];
+  std::uint16_t row_bytes[16];
+  std::uint8_t rows[16];
+};
+
+#define TILE_LOAD(tile, address, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_STORE(tile, address, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define TILE_MULTIPLY(instruction, to, inputs, weights) \
+  __asm__ volatile(#instruction " %%tmm" #weights ", %%tmm" #inputs ", %%tmm" #to ::)
+
+void configure_tiles() {
+  TileConfig config{};
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+
+constexpr std::int64_t kRowBytes = kPanelColumns * 4;  // of c
+
+// Tiles 0..3 hold the results of row tile / column tile 0/0, 0/1, 1/0, 1/1; 4 and 5 the inputs, 6 and 7 the weights.
+template <bool two>
+NUMAGRAFT_INLINE void clear_results() {
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  if constexpr (two) {
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+}
+template <bool two>
+NUMAGRAFT_INLINE void load_results(const void* c) {
+  const auto* p = static_cast<const std::byte*>(c);
+  TILE_LOAD(0, p, kRowBytes);
+  TILE_LOAD(1, p + 64, kRowBytes);
+  if constexpr (two) {
+    TILE_LOAD(2, p + 16 * kRowBytes, kRowBytes);
+    TILE_LOAD(3, p + 16 * kRowBytes + 64, kRowBytes);
+  }
+}
+template <bool two>
+NUMAGRAFT_INLINE void store_results(void* c) {
+  auto* p = static_cast<std::byte*>(c);
+  TILE_STORE(0, p, kRowBytes);
+  TILE_STORE(1, p + 64, kRowBytes);
+  if constexpr (two) {
+    TILE_STORE(2, p + 16 * kRowBytes, kRowBytes);
+    TILE_STORE(3, p + 16 * kRowBytes + 64, kRowBytes);
+  }
+}
+
+enum class Multiply { by_unsigned, by_signed, bf16 };
+
+template <Multiply how, bool two>
+NUMAGRAFT_INLINE void step(const std::byte* inputs, std::int64_t input_stride, const std::byte* weights) {
+  TILE_LOAD(6, weights, 64);
+  TILE_LOAD(4, inputs, input_stride);
+  TILE_LOAD(7, weights + 1024, 64);
+  if constexpr (two) TILE_LOAD(5, inputs + 16 * input_stride, input_stride);
+  if constexpr (how == Multiply::by_unsigned) {
+    TILE_MULTIPLY(tdpbsud, 0, 4, 6);
+    TILE_MULTIPLY(tdpbsud, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbsud, 2, 5, 6);
+      TILE_MULTIPLY(tdpbsud, 3, 5, 7);
+    }
+  } else if constexpr (how == Multiply::by_signed) {
+    TILE_MULTIPLY(tdpbssd, 0, 4, 6);
+    TILE_MULTIPLY(tdpbssd, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbssd, 2, 5, 6);
+      TILE_MULTIPLY(tdpbssd, 3, 5, 7);
+    }
+  } else {
+    TILE_MULTIPLY(tdpbf16ps, 0, 4, 6);
+    TILE_MULTIPLY(tdpbf16ps, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbf16ps, 2, 5, 6);
+      TILE_MULTIPLY(tdpbf16ps, 3, 5, 7);
+    }
+  }
+}
+
+NUMAGRAFT_INLINE void prefetch_unit(const std::byte* w, std::int64_t bytes) {
+  for (std::int64_t line = 0; line < bytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(w + line + kVnniPrefetchAhead), _MM_HINT_T1);
+  }
+}
+
+// Integer products of one block with the units [first, last) of 2 KB each at `weights`, in tiles 0..3.
+template <Multiply how, bool two>
+NUMAGRAFT_INLINE void integer_chunk(const RowBlock& block, const std::byte* weights, std::int64_t first, std::int64_t last,
+                                    std::int64_t prefetch_bytes) {
+  constexpr std::uint8_t tiles = two ? 3 : 1;
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  clear_results<two>();
+  bool any = false;
+  for (std::int64_t unit = first; unit < last; ++unit) {
+    if (block.flags[unit] & tiles) {
+      any = true;
+      step<how, two>(block.high + unit * step_bytes, kUnitInputs, weights + (unit - first) * 2048);
+    }
+  }
+  if (any) {
+    alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
+    store_results<two>(high);
+    for (int i = 0; i < (two ? 32 : 16) * kPanelColumns; i += kLanes) store(high + i, load<I>(high + i) << 7);
+    load_results<two>(high);
+  }
+  for (std::int64_t unit = first; unit < last; ++unit) {
+    const std::byte* w = weights + (unit - first) * 2048;
+    if (prefetch_bytes) prefetch_unit(w, prefetch_bytes);
+    step<how, two>(block.low + unit * step_bytes, kUnitInputs, w);
+  }
+}
+
+template <bool two>
+void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last,
+                bool fresh, float* c) {
+  const Layout& layout = *a.layout;
+  const std::byte* weights = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
+  integer_chunk<Multiply::by_unsigned, two>(block, weights, first, last, fresh ? layout.unit_bytes : 0);
+  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
+  store_results<two>(sums);
+  const bool end = last == layout.units;
+  for (int t = 0; t < 2; ++t) {
+    const F side = load<F>(a.side + panel * kPanelColumns + t * kLanes);
+    for (int row = 0; row < block.rows; ++row) {
+      float* to = c + row * kPanelColumns + t * kLanes;
+      I total = load<I>(sums + row * kPanelColumns + t * kLanes);
+      if (first > 0) total += load<I>(to);
+      if (end) {
+        total -= static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
+        store(to, to_float(total) * (side * splat(block.scale[row])));
+      } else {
+        store(to, total);
+      }
+    }
+  }
+}
+
+// ---- int4 and mxfp4: a chunk re-rounded to int8, one scale per column and chunk
+
+template <WeightKind kind, bool symmetric>
+NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, const float* side, std::byte* to) {
+  const std::byte* scales = unit + layout.data_bytes;
+  const __m512i mask = _mm512_set1_epi16(15);
+  const __m512i upper = _mm512_set1_epi16(static_cast<short>(0xFF00));
+  const __m512i lookup = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  for (int t = 0; t < 2; ++t) {
+    const __m512 largest = _mm512_loadu_ps(side + t * kTileColumns);
+    const __mmask16 present = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+    const __m512 inverse = _mm512_maskz_div_ps(present, _mm512_set1_ps(256.0f), largest);
+    __m512i factor[2];
+    __m512i offset[2];
+    for (int g = 0; g < 2; ++g) {
+      const int column = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + t * kTileColumns;
+      __m512 scale;
+      __m512 minimum = _mm512_setzero_ps();
+      if constexpr (kind == WeightKind::mxfp4) {
+        const __m128i exponents = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + column));
+        scale = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(exponents), 23)), _mm512_set1_ps(0.5f));
+      } else {
+        const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
+        scale = widen_bf16(halves + column);
+        minimum = symmetric ? _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f))
+                            : widen_bf16(halves + layout.unit_groups * kPanelColumns + column);
+      }
+      // 8.8 fixed point, in both 16-bit halves of a column's lane; adding 128 rounds
+      const __m512i s = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(scale, inverse)), _mm512_set1_epi32(0xFFFF));
+      const __m512i m = _mm512_and_si512(
+          _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(minimum, inverse)), _mm512_set1_epi32(128)), _mm512_set1_epi32(0xFFFF));
+      factor[g] = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
+      offset[g] = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < 8; ++row) {
+      const __m512i v = _mm512_loadu_si512(unit + t * 512 + row * 64);
+      __m512i even[2];
+      __m512i odd[2];
+      if constexpr (kind == WeightKind::mxfp4) {
+        const __m512i bytes = _mm512_set1_epi8(15);
+        const __m512i codes[2] = {_mm512_and_si512(v, bytes), _mm512_and_si512(_mm512_srli_epi16(v, 4), bytes)};
+        for (int g = 0; g < 2; ++g) {
+          const __m512i values = _mm512_shuffle_epi8(lookup, codes[g]);
+          even[g] = _mm512_srai_epi16(_mm512_slli_epi16(values, 8), 8);
+          odd[g] = _mm512_srai_epi16(values, 8);
+        }
+      } else {
+        even[0] = _mm512_and_si512(v, mask);
+        even[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+        odd[0] = _mm512_and_si512(_mm512_srli_epi16(v, 8), mask);
+        odd[1] = _mm512_srli_epi16(v, 12);
+      }
+      for (int g = 0; g < 2; ++g) {
+        const __m512i e = _mm512_add_epi16(_mm512_mullo_epi16(even[g], factor[g]), offset[g]);
+        const __m512i o = _mm512_add_epi16(_mm512_mullo_epi16(odd[g], factor[g]), offset[g]);
+        const __m512i both = _mm512_ternarylogic_epi32(upper, o, _mm512_srli_epi16(e, 8), 0xEA);  // (upper & o) | (e >> 8)
+        _mm512_store_si512(to + t * 1024 + g * 512 + row * 64, both);
+      }
+    }
+  }
+}
+
+template <bool two>
+void rerounded_block(const GemmArgs& a, const std::byte* expanded, const float* side, const RowBlock& block,
+                     std::int64_t first, std::int64_t last, float* c) {
+  integer_chunk<Multiply::by_signed, two>(block, expanded, first, last, 0);
+  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
+  store_results<two>(sums);
+  (void)a;
+  for (int t = 0; t < 2; ++t) {
+    const F scale = load<F>(side + t * kLanes);
+    for (int row = 0; row < block.rows; ++row) {
+      float* to = c + row * kPanelColumns + t * kLanes;
+      const F value = to_float(load<I>(sums + row * kPanelColumns + t * kLanes)) * (scale * splat(block.scale[row]));
+      store(to, first > 0 ? load<F>(to) + value : value);
+    }
+  }
+}
+
+template <WeightKind kind, bool symmetric>
+void gemm_rerounded(const GemmArgs& a) {
+  const Layout& layout = *a.layout;
+  alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+      const float* side = a.side + panel * kPanelColumns + first / kChunkUnits * a.side_stride;
+      for (std::int64_t unit = first; unit < last; ++unit) {
+        const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+        prefetch_unit(w, layout.unit_bytes);
+        expand_unit<kind, symmetric>(layout, w, side, expanded + (unit - first) * 2048);
+      }
+      float* c = a.c + panel * a.c_panel_stride;
+      for (int b = 0; b < a.block_count; ++b) {
+        const RowBlock& block = a.blocks[b];
+        if (block.stride_rows > 16) {
+          rerounded_block<true>(a, expanded, side, block, first, last, c);
+        } else {
+          rerounded_block<false>(a, expanded, side, block, first, last, c);
+        }
+        c += block.rows * kPanelColumns;
+      }
+    }
+  }
+}
+
+void gemm_int8(const GemmArgs& a) {
+  const Layout& layout = *a.layout;
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+      float* c = a.c + panel * a.c_panel_stride;
+      for (int b = 0; b < a.block_count; ++b) {
+        const RowBlock& block = a.blocks[b];
+        if (block.stride_rows > 16) {
+          int8_block<true>(a, panel, block, first, last, b == 0, c);
+        } else {
+          int8_block<false>(a, panel, block, first, last, b == 0, c);
+        }
+        c += block.rows * kPanelColumns;
+      }
+    }
+  }
+}
+
+// ---- bf16 and fp8
+
+constexpr std::int64_t kFloatChunkUnits = kChunkUnits / 2;
+
+template <bool two>
+void bf16_block(const std::byte* weights, bool fresh, const RowBlock& block, std::int64_t first, std::int64_t last, float* c) {
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs * 2;
+  alignas(64) float sums[kBlockRows * kPanelColumns];
+  const int room = two ? 32 : 16;
+  const bool whole = block.rows == room;  // otherwise c has no room for the padded rows
+  float* results = whole ? c : sums;
+  if (first == 0) {
+    clear_results<two>();
+  } else {
+    if (!whole) __builtin_memcpy(sums, c, static_cast<std::size_t>(block.rows) * kRowBytes);
+    load_results<two>(results);
+  }
+  for (std::int64_t unit = first; unit < last; ++unit) {
+    const std::byte* w = weights + (unit - first) * 4096;
+    const std::byte* x = block.low + unit * step_bytes;
+    if (fresh) prefetch_unit(w, 2048);
+    step<Multiply::bf16, two>(x, kUnitInputs * 2, w);
+    if (fresh) prefetch_unit(w + 2048, 2048);
+    step<Multiply::bf16, two>(x + 64, kUnitInputs * 2, w + 2048);
+  }
+  store_results<two>(results);
+  if (!whole) __builtin_memcpy(c, sums, static_cast<std::size_t>(block.rows) * kRowBytes);
+}
+
+void expand_fp8(const std::byte* unit, const float* side, std::byte* to) {
+  for (int half = 0; half < 2; ++half) {
+    for (int t = 0; t < 2; ++t) {
+      const F scale = load<F>(side + t * kLanes) ;
+      for (int pair = 0; pair < 16; ++pair) {
+        F even;
+        F odd;
+        weight_pair<WeightKind::fp8>(unit + half * 1024 + t * 512 + pair * 32, even, odd);
+        const U low = __builtin_convertvector(to_bf16(even * scale), U);
+        const U high = __builtin_convertvector(to_bf16(odd * scale), U);
+        store(to + half * 2048 + t * 1024 + pair * 64, low | (high << 16));
+      }
+    }
+  }
+}
+
+void gemm_bf16(const GemmArgs& a) {
+  const Layout& layout = *a.layout;
+  const bool fp8 = layout.kind == WeightKind::fp8;
+  alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    for (std::int64_t first = 0; first < layout.units; first += kFloatChunkUnits) {
+      const std::int64_t last = first + kFloatChunkUnits < layout.units ? first + kFloatChunkUnits : layout.units;
+      const std::byte* weights = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
+      if (fp8) {
+        for (std::int64_t unit = first; unit < last; ++unit) {
+          const std::byte* w = weights + (unit - first) * layout.unit_bytes;
+          prefetch_unit(w, layout.unit_bytes);
+          expand_fp8(w, a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride,
+                     expanded + (unit - first) * 4096);
+        }
+        weights = expanded;
+      }
+      float* c = a.c + panel * a.c_panel_stride;
+      for (int b = 0; b < a.block_count; ++b) {
+        const RowBlock& block = a.blocks[b];
+        if (block.stride_rows > 16) {
+          bf16_block<true>(weights, !fp8 && b == 0, block, first, last, c);
+        } else {
+          bf16_block<false>(weights, !fp8 && b == 0, block, first, last, c);
+        }
+        c += block.rows * kPanelColumns;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& a) {
+  const WeightKind kind = a.layout->kind;
+  if (a.blocks[0].stride_rows < 16) {  // a single row
+    switch (kind) {
+      case WeightKind::bf16:
+        return gemm_float<WeightKind::bf16, true>(a);
+      case WeightKind::fp8:
+        return gemm_float<WeightKind::fp8, true>(a);
+      default:
+        return gemm_vnni(a);
+    }
+  }
+  configure_tiles();
+  switch (kind) {
+    case WeightKind::int8:
+      gemm_int8(a);
+      break;
+    case WeightKind::int4:
+      a.layout->symmetric ? gemm_rerounded<WeightKind::int4, true>(a) : gemm_rerounded<WeightKind::int4, false>(a);
+      break;
+    case WeightKind::mxfp4:
+      gemm_rerounded<WeightKind::mxfp4, true>(a);
+      break;
+    case WeightKind::bf16:
+    case WeightKind::fp8:
+      gemm_bf16(a);
+      break;
+  }
+  __asm__ volatile("tilerelease" ::);
+}
+
+}  // namespace numagraft::NUMAGRAFT_ISA

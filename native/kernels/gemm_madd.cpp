@@ -1,0 +1,321 @@
+// AVX2 and AVX-512 without VNNI: 16-bit multiply-adds. int8 weights are widened and meet the inputs' whole 16-bit integers;
+// nibbles times int8 halves are summed in 16 bits over a group, which cannot overflow: 8 x 2 x 15 x 127 = 30480.
+#include <immintrin.h>
+
+#include "kernels/gemm_float.h"
+#include "kernels/kernel_table.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+#define NG_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512BW__)
+typedef __m512i V;
+typedef __m512 VF;
+constexpr int kInt32s = 16;
+constexpr int kInt8Rows = 6;
+constexpr int kNibbleRows = 8;
+NG_INLINE V zero() { return _mm512_setzero_si512(); }
+NG_INLINE VF zero_float() { return _mm512_setzero_ps(); }
+NG_INLINE V load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
+NG_INLINE V widen_bytes(const std::byte* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+NG_INLINE V repeat32(int x) { return _mm512_set1_epi32(x); }
+NG_INLINE V repeat64(long long x) { return _mm512_set1_epi64(x); }
+NG_INLINE V add32(V a, V b) { return _mm512_add_epi32(a, b); }
+NG_INLINE V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
+NG_INLINE V add16(V a, V b) { return _mm512_add_epi16(a, b); }
+NG_INLINE V madd(V a, V b) { return _mm512_madd_epi16(a, b); }
+NG_INLINE V maddubs(V u, V s) { return _mm512_maddubs_epi16(u, s); }
+NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
+NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
+NG_INLINE V left7(V a) { return _mm512_slli_epi32(a, 7); }
+NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
+NG_INLINE V repeat128(__m128i x) { return _mm512_broadcast_i32x4(x); }
+NG_INLINE V ones16() { return _mm512_set1_epi16(1); }
+NG_INLINE V ones8(char x) { return _mm512_set1_epi8(x); }
+NG_INLINE VF to_floats(V a) { return _mm512_cvtepi32_ps(a); }
+NG_INLINE VF repeat(float x) { return _mm512_set1_ps(x); }
+NG_INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+NG_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+NG_INLINE VF load_floats(const float* p) { return _mm512_loadu_ps(p); }
+NG_INLINE void store_floats(float* p, VF v) { _mm512_storeu_ps(p, v); }
+NG_INLINE VF widen_bf16(const std::uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+NG_INLINE VF power_of_two(const std::byte* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 23));
+}
+#else
+typedef __m256i V;
+typedef __m256 VF;
+constexpr int kInt32s = 8;
+constexpr int kInt8Rows = 3;
+constexpr int kNibbleRows = 4;
+NG_INLINE V zero() { return _mm256_setzero_si256(); }
+NG_INLINE VF zero_float() { return _mm256_setzero_ps(); }
+NG_INLINE V load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+NG_INLINE V widen_bytes(const std::byte* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+NG_INLINE V repeat32(int x) { return _mm256_set1_epi32(x); }
+NG_INLINE V repeat64(long long x) { return _mm256_set1_epi64x(x); }
+NG_INLINE V add32(V a, V b) { return _mm256_add_epi32(a, b); }
+NG_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
+NG_INLINE V add16(V a, V b) { return _mm256_add_epi16(a, b); }
+NG_INLINE V madd(V a, V b) { return _mm256_madd_epi16(a, b); }
+NG_INLINE V maddubs(V u, V s) { return _mm256_maddubs_epi16(u, s); }
+NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
+NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
+NG_INLINE V left7(V a) { return _mm256_slli_epi32(a, 7); }
+NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
+NG_INLINE V repeat128(__m128i x) { return _mm256_broadcastsi128_si256(x); }
+NG_INLINE V ones16() { return _mm256_set1_epi16(1); }
+NG_INLINE V ones8(char x) { return _mm256_set1_epi8(x); }
+NG_INLINE VF to_floats(V a) { return _mm256_cvtepi32_ps(a); }
+NG_INLINE VF repeat(float x) { return _mm256_set1_ps(x); }
+NG_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+NG_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+NG_INLINE VF load_floats(const float* p) { return _mm256_loadu_ps(p); }
+NG_INLINE void store_floats(float* p, VF v) { _mm256_storeu_ps(p, v); }
+NG_INLINE VF widen_bf16(const std::uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+NG_INLINE VF power_of_two(const std::byte* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23));
+}
+#endif
+
+constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
+constexpr int kVectorBytes = kInt32s * 4;
+constexpr int kParts = kTileColumns / kInt32s;  // vectors of results per 16-column tile
+
+struct Strip {
+  const RowBlock* block;
+  int first_row;
+  std::int64_t first_unit;
+  std::int64_t last_unit;
+  bool fresh;
+};
+
+NG_INLINE void prefetch_line(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1); }
+
+// Widened, 4 inputs of a column fill 64 bits, so a multiply-add leaves two partial sums per column: twice the vectors.
+template <int rows>
+void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  constexpr int vectors = 2 * kParts;
+  const Layout& layout = *a.layout;
+  const RowBlock& block = *strip.block;
+  const std::byte* weights = a.panel + panel * layout.panel_bytes;
+  const bool last = strip.last_unit == layout.units;
+  for (int t = 0; t < 2; ++t) {
+    V sum[rows][vectors];
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < vectors; ++v) sum[r][v] = zero();
+    }
+    for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
+      const std::byte* w = weights + unit * layout.unit_bytes + t * 1024;
+      const std::byte* x = block.low + (unit * block.stride_rows + strip.first_row) * kUnitInputs * 2;
+      for (int i = 0; i < 16; ++i) {
+        if (strip.fresh) prefetch_line(w + i * 64);
+        V inputs[rows];
+        for (int r = 0; r < rows; ++r) {
+          long long four;
+          __builtin_memcpy(&four, x + (r * kUnitInputs + i * 4) * 2, 8);
+          inputs[r] = repeat64(four);
+        }
+        for (int v = 0; v < vectors; ++v) {
+          const V wide = widen_bytes(w + i * 64 + v * (kVectorBytes / 2));
+          for (int r = 0; r < rows; ++r) sum[r][v] = add32(sum[r][v], madd(wide, inputs[r]));
+        }
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      float* to = c + r * kPanelColumns + t * kTileColumns;
+      alignas(64) std::int32_t partial[2 * kTileColumns];
+      std::int32_t total[kTileColumns];
+      for (int v = 0; v < vectors; ++v) __builtin_memcpy(partial + v * kInt32s, &sum[r][v], kVectorBytes);
+      if (strip.first_unit > 0) {
+        __builtin_memcpy(total, to, sizeof total);
+      } else {
+        __builtin_memset(total, 0, sizeof total);
+      }
+      const std::int32_t offset =
+          last ? static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[strip.first_row + r]) * kInt8Offset) : 0;
+      for (int column = 0; column < kTileColumns; ++column) {
+        total[column] = static_cast<std::int32_t>(
+            static_cast<std::uint32_t>(total[column]) + static_cast<std::uint32_t>(partial[2 * column]) +
+            static_cast<std::uint32_t>(partial[2 * column + 1]) - static_cast<std::uint32_t>(offset));
+      }
+      if (!last) {
+        __builtin_memcpy(to, total, sizeof total);
+        continue;
+      }
+      const float scale = block.scale[strip.first_row + r];
+      const float* side = a.side + panel * kPanelColumns + t * kTileColumns;
+      for (int column = 0; column < kTileColumns; ++column) {
+        to[column] = static_cast<float>(total[column]) * (side[column] * scale);
+      }
+    }
+  }
+}
+
+template <WeightKind kind, int rows>
+NG_INLINE void nibble_part(const std::byte* w, const std::byte* x, V table, bool fresh, V (&sum)[rows][2]) {
+  constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
+  const V mask = ones8(15);
+  for (int first = 0; first < 8; first += run) {
+    V narrow[rows][2];
+    for (int r = 0; r < rows; ++r) narrow[r][0] = narrow[r][1] = zero();
+    for (int i = first; i < first + run; ++i) {
+      if (fresh) prefetch_line(w + i * 64);
+      const V pair = load_bytes(w + i * 64);
+      V w0 = bit_and(pair, mask);
+      V w1 = bit_and(right4(pair), mask);
+      if constexpr (kind == WeightKind::mxfp4) {
+        w0 = look_up(table, w0);
+        w1 = look_up(table, w1);
+      }
+      for (int r = 0; r < rows; ++r) {
+        int four[2];
+        __builtin_memcpy(&four[0], x + r * kUnitInputs + i * 4, 4);
+        __builtin_memcpy(&four[1], x + r * kUnitInputs + 32 + i * 4, 4);
+        narrow[r][0] = add16(narrow[r][0], maddubs(w0, repeat32(four[0])));
+        narrow[r][1] = add16(narrow[r][1], maddubs(w1, repeat32(four[1])));
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int g = 0; g < 2; ++g) sum[r][g] = add32(sum[r][g], madd(narrow[r][g], ones16()));
+    }
+  }
+}
+
+template <WeightKind kind, bool symmetric, int rows>
+void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
+  const Layout& layout = *a.layout;
+  const RowBlock& block = *strip.block;
+  const std::byte* weights = a.panel + panel * layout.panel_bytes;
+  const V table = repeat128(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  std::uint8_t tiles = 0;
+  if (strip.first_row < 16) tiles |= 1;
+  if (strip.first_row + rows > 16) tiles |= 2;
+  const bool last = strip.last_unit == layout.units;
+  for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
+    const std::byte* w = weights + unit * layout.unit_bytes;
+    const std::int64_t at = unit * block.stride_rows + strip.first_row;
+    const std::byte* low = block.low + at * kUnitInputs;
+    const std::byte* high = block.high + at * kUnitInputs;
+    const float* group_sum = block.group_sum + at * 2;
+    const std::byte* scales = w + layout.data_bytes;
+    const bool flagged = block.flags[unit] & tiles;
+    if (strip.fresh) {
+      for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
+    }
+    for (int part = 0; part < 2 * kParts; ++part) {
+      const int column = part * kInt32s;
+      const std::byte* data = w + (part / kParts) * 512 + (part % kParts) * kVectorBytes;
+      V sum[rows][2];
+      for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
+      if (flagged) {
+        nibble_part<kind, rows>(data, high, table, false, sum);
+        for (int r = 0; r < rows; ++r) {
+          for (int g = 0; g < 2; ++g) sum[r][g] = left7(sum[r][g]);
+        }
+      }
+      nibble_part<kind, rows>(data, low, table, strip.fresh && part % kParts == 0, sum);
+      VF scale[2];
+      VF minimum[2];
+      for (int g = 0; g < 2; ++g) {
+        const int index = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + column;
+        if constexpr (kind == WeightKind::mxfp4) {
+          scale[g] = mul(power_of_two(scales + index), repeat(0.5f));
+        } else {
+          const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
+          scale[g] = widen_bf16(halves + index);
+          if constexpr (!symmetric) minimum[g] = widen_bf16(halves + layout.unit_groups * kPanelColumns + index);
+        }
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* to = c + r * kPanelColumns + column;
+        VF total = unit == 0 ? zero_float() : load_floats(to);
+        for (int g = 0; g < 2; ++g) {
+          const VF inputs = repeat(group_sum[r * 2 + g]);
+          VF value = to_floats(sum[r][g]);
+          if constexpr (symmetric) value = fma(inputs, repeat(-offset), value);
+          total = fma(scale[g], value, total);
+          if constexpr (!symmetric) total = fma(minimum[g], inputs, total);
+        }
+        if (last && unit + 1 == layout.units) total = mul(total, repeat(block.scale[strip.first_row + r]));
+        store_floats(to, total);
+      }
+    }
+  }
+}
+
+struct Int8 {
+  static constexpr int most_rows = kInt8Rows;
+  template <int rows>
+  static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+    int8_rows<rows>(a, panel, strip, c);
+  }
+};
+
+template <WeightKind kind, bool symmetric>
+struct Nibbles {
+  static constexpr int most_rows = kNibbleRows;
+  template <int rows>
+  static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+    nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
+  }
+};
+
+template <class Kernel, int rows>
+NG_INLINE void run_strip(int count, const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  if constexpr (rows > 1) {
+    if (count < rows) return run_strip<Kernel, rows - 1>(count, a, panel, strip, c);
+  }
+  Kernel::template run<rows>(a, panel, strip, c);
+}
+
+// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1.
+template <class Kernel>
+void gemm_strips(const GemmArgs& a) {
+  const Layout& layout = *a.layout;
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+      float* c = a.c + panel * a.c_panel_stride;
+      for (int b = 0; b < a.block_count; ++b) {
+        const RowBlock& block = a.blocks[b];
+        const int strips = (block.rows + Kernel::most_rows - 1) / Kernel::most_rows;
+        int row = 0;
+        for (int i = 0; i < strips; ++i) {
+          const int count = (block.rows - row + strips - i - 1) / (strips - i);
+          run_strip<Kernel, Kernel::most_rows>(count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0},
+                                               c + row * kPanelColumns);
+          row += count;
+        }
+        c += block.rows * kPanelColumns;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& a) {
+  switch (a.layout->kind) {
+    case WeightKind::bf16:
+      return gemm_float<WeightKind::bf16, false>(a);
+    case WeightKind::fp8:
+      return gemm_float<WeightKind::fp8, false>(a);
+    case WeightKind::int8:
+      return gemm_strips<Int8>(a);
+    case WeightKind::mxfp4:
+      return gemm_strips<Nibbles<WeightKind::mxfp4, true>>(a);
+    case WeightKind::int4:
+      return a.layout->symmetric ? gemm_strips<Nibbles<WeightKind::int4, true>>(a)
+                                 : gemm_strips<Nibbles<WeightKind::int4, false>>(a);
+  }
+}
+
+}  // namespace numagraft::NUMAGRAFT_ISA

@@ -1,0 +1,80 @@
+#include "kernels/kernel_table.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/cpu_features.h"
+
+namespace numagraft {
+
+#define NUMAGRAFT_ROW(isa) \
+  namespace isa {          \
+  extern const KernelTable kernels; \
+  }
+NUMAGRAFT_ROW(scalar)
+NUMAGRAFT_ROW(avx2)
+NUMAGRAFT_ROW(avx512)
+NUMAGRAFT_ROW(avx512_vnni)
+NUMAGRAFT_ROW(amx)
+#undef NUMAGRAFT_ROW
+
+namespace {
+
+struct Supported {
+  const KernelTable* rows[5];
+  int count = 0;
+};
+
+const Supported& supported() {
+  static const Supported result = [] {
+    const CpuFeatures cpu = detect_cpu_features();
+    Supported s{};
+    s.rows[s.count++] = &scalar::kernels;
+    if (cpu.avx2) s.rows[s.count++] = &avx2::kernels;
+    if (cpu.avx512) s.rows[s.count++] = &avx512::kernels;
+    if (cpu.avx512_vnni) s.rows[s.count++] = &avx512_vnni::kernels;
+    if (cpu.amx) s.rows[s.count++] = &amx::kernels;
+    return s;
+  }();
+  return result;
+}
+
+const char* forced_name() {
+  const char* name = std::getenv("NUMAGRAFT_ISA");
+  return name != nullptr && *name != '\0' ? name : nullptr;
+}
+
+}  // namespace
+
+int supported_kernels(const KernelTable* const** tables) {
+  *tables = supported().rows;
+  return supported().count;
+}
+
+const KernelTable& kernels_by_name(const char* isa) {
+  const Supported& s = supported();
+  std::string names;
+  for (int i = 0; i < s.count; ++i) {
+    if (std::string(s.rows[i]->isa) == isa) return *s.rows[i];
+    names += (i > 0 ? ", " : "") + std::string(s.rows[i]->isa);
+  }
+  throw std::invalid_argument("no kernels for '" + std::string(isa) + "' on this machine: its CPU and operating system support " +
+                              names);
+}
+
+const KernelTable& active_kernels() {
+  if (const char* name = forced_name()) {
+    try {
+      return kernels_by_name(name);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("NUMAGRAFT_ISA: ") + error.what() + "; set it to one of these or unset it");
+    }
+  }
+  const Supported& s = supported();
+  return *s.rows[s.count - 1];
+}
+
+bool kernels_forced() { return forced_name() != nullptr; }
+
+}  // namespace numagraft

@@ -1,0 +1,167 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/format.h"
+#include "kernels/layout.h"
+
+namespace numagraft {
+
+// What inputs look like to a kernel. `wide`: int16 integers; `halves`: the same integers q as two int8 halves,
+// q = 128 * high + low, the high half only where some |q| exceeds 127; `f32` and `bf16`: as they are.
+enum class RowForm : std::uint8_t { wide, halves, f32, bf16 };
+
+inline constexpr int kBlockRows = 32;
+static inline std::int64_t element_bytes(RowForm form) {
+  return form == RowForm::f32 ? 4 : form == RowForm::halves ? 1 : 2;
+}
+
+// Up to 32 prepared input rows. Element (row, k) lies at low + ((k / 64) * stride_rows + row) * 64 + k % 64, in elements:
+// with 16 or 32 rows a unit is then one or two tile operands.
+struct RowBlock {
+  const std::byte* low = nullptr;
+  const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set
+  const float* scale = nullptr;           // [rows]
+  const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
+  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each
+  const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
+  int rows = 0;
+  int stride_rows = 0;
+};
+
+// One row on its way in: `k` contiguous elements at x. Its integers are x / scale, where scale makes the rounding error
+// at most `target_error` of the row's root mean square (0: 16 bits whatever the data). Rows with a NaN or an infinity get
+// scale NaN, and so an output of NaN.
+struct PrepareArgs {
+  const void* x;
+  DType dtype;
+  std::int64_t k;
+  std::int64_t units;
+  RowForm form;
+  float target_error;
+  std::byte* low;
+  std::byte* high;              // halves only
+  std::int64_t unit_stride;     // elements between units of low (and high)
+  float* scale;
+  std::int32_t* sum;
+  float* group_sum;             // halves and wide
+  std::int64_t group_stride;    // floats between units
+  std::uint8_t* flags;          // halves only; bits are or-ed in
+  std::int64_t flag_stride;
+  std::uint8_t flag_bit;
+};
+
+// c[panel][row][32] = inputs x weights, scaled, without bias, for consecutive panels; `rows` counts over all blocks.
+struct GemmArgs {
+  const Layout* layout;
+  const std::byte* panel;       // the first panel
+  const float* side;            // side table at the first panel's first column
+  std::int64_t side_stride;     // floats between its rows
+  std::int64_t panels;
+  const RowBlock* blocks;
+  int block_count;
+  float* c;
+  std::int64_t c_panel_stride;  // floats
+};
+
+// out[row] = dtype(c[row] + bias), `columns` of 32
+struct StoreArgs {
+  const float* c;
+  const float* bias;            // [32] or null
+  std::int64_t rows;
+  int columns;
+  void* out;
+  DType dtype;
+  std::int64_t row_stride;      // elements
+};
+
+// inner[row][32] = gate(c_gate + bias) * (c_up + bias) as bf16
+struct GateArgs {
+  const float* gate;
+  const float* up;
+  const float* gate_bias;       // [32] or null
+  const float* up_bias;
+  std::int64_t rows;
+  Gate kind;
+  std::uint16_t* inner;
+  std::int64_t row_stride;
+};
+
+// acc[index[row]][32] += weight[row] * (c[row] + bias)
+struct AccumulateArgs {
+  const float* c;
+  const float* bias;            // [32] or null
+  std::int64_t rows;
+  const std::int32_t* index;
+  const float* weight;
+  float* acc;
+  std::int64_t acc_stride;      // floats
+};
+
+// out = dtype(sum of `count` fp32 sources), `columns` values
+struct ReduceArgs {
+  const float* const* sources;
+  int count;
+  std::int64_t columns;
+  void* out;
+  DType dtype;
+};
+
+// Packs the 32 (or fewer) source rows of one panel, inputs [first_input, first_input + k) of which only those inside the
+// source exist. `staged` is scratch of stage_bytes(layout).
+struct PackArgs {
+  const Layout* layout;
+  const MatrixView* source;     // all output channels
+  std::int64_t first_row;       // the panel's first row in the source; may be negative
+  std::int64_t row_begin;       // rows outside [row_begin, row_end) are packed as zeros
+  std::int64_t row_end;
+  std::int64_t first_input;     // the packed matrix's input 0 in the source
+  std::byte* panel;
+  float* side;                  // at the panel's first column
+  std::int64_t side_stride;
+  std::byte* staged;
+};
+
+struct KernelTable {
+  const char* isa;
+  RowForm quantised_form;       // of inputs for int8
+  RowForm grouped_form;         // for int4 and mxfp4
+  RowForm float_form;           // for bf16 and fp8
+  bool rerounds;                // int4 and mxfp4 may be re-rounded to int8 per column and chunk
+  int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
+  void (*prepare)(const PrepareArgs&);
+  void (*gemm)(const GemmArgs&);
+  void (*store)(const StoreArgs&);
+  void (*gate)(const GateArgs&);
+  void (*accumulate)(const AccumulateArgs&);
+  void (*reduce)(const ReduceArgs&);
+  void (*pack)(const PackArgs&);
+};
+
+static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
+  switch (kind) {
+    case WeightKind::int8:
+      return table.quantised_form;
+    case WeightKind::int4:
+    case WeightKind::mxfp4:
+      return table.grouped_form;
+    default:
+      return table.float_form;
+  }
+}
+
+// Scratch for packing one panel: its weights as fp32, inputs by columns, whole units.
+static inline std::int64_t stage_bytes(const Layout& layout) {
+  return (layout.units + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};
+}
+
+// The rows of the table this build has and this CPU (with its operating system) can run, slowest first.
+int supported_kernels(const KernelTable* const** tables);
+// The row in use: the best one, or the one named by NUMAGRAFT_ISA; throws std::invalid_argument naming the supported.
+const KernelTable& active_kernels();
+bool kernels_forced();
+// By name, for tests; throws std::invalid_argument.
+const KernelTable& kernels_by_name(const char* isa);
+
+}  // namespace numagraft

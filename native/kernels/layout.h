@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/format.h"
+
+namespace numagraft {
+
+// How a packed matrix lies in memory; docs/kernels.md draws it. A matrix of `rows` output channels over `k` inputs is a
+// row of panels; a panel holds 32 output channels ("columns") as one sequential stream of units; a unit covers 64 inputs.
+inline constexpr int kPanelColumns = 32;
+inline constexpr int kUnitInputs = 64;
+inline constexpr int kTileColumns = 16;
+// Inputs under one side-table scale: the tile kernels re-round int4 and mxfp4 to int8 per column and chunk, and every
+// tile kernel works through a panel in chunks of this many inputs, so that a chunk stays in L1.
+inline constexpr int kChunkInputs = 512;
+inline constexpr int kFp8Block = 128;
+// int8 weights are stored as w + 128 in unsigned bytes: the VNNI instructions multiply unsigned by signed.
+inline constexpr int kInt8Offset = 128;
+inline constexpr int kMxfp4Offset = 12;  // e2m1 times two lies in -12..12
+
+struct Layout {
+  WeightKind kind = WeightKind::int8;
+  int group = 32;
+  bool symmetric = false;
+  std::int64_t rows = 0;
+  std::int64_t k = 0;
+  std::int64_t panels = 0;
+  std::int64_t units = 0;
+  std::int64_t data_bytes = 0;   // of one unit, without its scales
+  std::int64_t unit_bytes = 0;
+  std::int64_t panel_bytes = 0;
+  int unit_groups = 0;           // scale rows per unit (int4, mxfp4)
+  std::int64_t scale_rows = 0;   // rows of the side table, each panels * 32 floats
+};
+
+Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k);
+
+// Inputs that one set of scales covers: shards of the inputs begin at a multiple, so that every placement quantises alike.
+int input_alignment(const WeightFormat& format);
+
+static inline std::int64_t matrix_bytes(const Layout& layout) { return layout.panels * layout.panel_bytes; }
+static inline std::int64_t side_floats(const Layout& layout) { return layout.scale_rows * layout.panels * kPanelColumns; }
+static inline std::int64_t bias_floats(const Layout& layout) { return layout.panels * kPanelColumns; }
+
+}  // namespace numagraft

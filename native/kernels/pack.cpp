@@ -1,0 +1,470 @@
+// Packs one panel: gathers 32 output channels as fp32, inputs by columns, so that a vector lane is a channel all the way;
+// chooses scales; writes units. Compiled once per ISA.
+#include "kernels/kernel_table.h"
+#include "kernels/simd.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+constexpr int kHalves = kPanelColumns / kLanes;
+
+// ---- gathering: staged[k][32]
+
+template <int step>
+NUMAGRAFT_INLINE void exchange(F& a, F& b) {
+  constexpr int n = kLanes;
+  constexpr auto first = [](int lane) { return (lane & step) ? lane - step + n : lane; };
+  constexpr auto second = [](int lane) { return (lane & step) ? lane + n : lane + step; };
+  const F low = __builtin_shufflevector(a, b, first(0), first(1), first(2), first(3), first(4), first(5), first(6),
+                                        first(7), first(8), first(9), first(10), first(11), first(12), first(13),
+                                        first(14), first(15));
+  const F high = __builtin_shufflevector(a, b, second(0), second(1), second(2), second(3), second(4), second(5),
+                                         second(6), second(7), second(8), second(9), second(10), second(11), second(12),
+                                         second(13), second(14), second(15));
+  a = low;
+  b = high;
+}
+
+NUMAGRAFT_INLINE void transpose(F (&v)[kLanes]) {
+  for (int i = 0; i < 8; ++i) exchange<8>(v[i], v[i + 8]);
+  for (int i = 0; i < 16; i += (i % 8 == 3) ? 5 : 1) exchange<4>(v[i], v[i + 4]);
+  for (int i = 0; i < 16; i += (i % 4 == 1) ? 3 : 1) exchange<2>(v[i], v[i + 2]);
+  for (int i = 0; i < 16; i += 2) exchange<1>(v[i], v[i + 1]);
+}
+
+template <DType dtype>
+void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
+  const MatrixView& source = *a.source;
+  for (int half = 0; half < kHalves; ++half) {
+    std::int64_t offsets[kLanes];
+    bool present[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const std::int64_t row = a.first_row + half * kLanes + lane;
+      present[lane] = row >= a.row_begin && row < a.row_end;
+      offsets[lane] = present[lane] ? row * source.row_stride + a.first_input : 0;
+    }
+    std::int64_t k = 0;
+    for (; k + kLanes <= inputs; k += kLanes) {
+      F v[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        v[lane] = present[lane] ? load_as_float(source.data, dtype, offsets[lane] + k) : F{};
+      }
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) store(staged + (k + i) * kPanelColumns + half * kLanes, v[i]);
+    }
+    for (; k < inputs; ++k) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        staged[k * kPanelColumns + half * kLanes + lane] =
+            present[lane] ? scalar_as_float(source.data, dtype, offsets[lane] + k) : 0.0f;
+      }
+    }
+  }
+}
+
+template <DType dtype>
+void gather_strided(const PackArgs& a, std::int64_t inputs, float* staged) {
+  const MatrixView& source = *a.source;
+  const bool whole = a.first_row >= a.row_begin && a.first_row + kPanelColumns <= a.row_end && source.row_stride == 1;
+  for (std::int64_t k = 0; k < inputs; ++k) {
+    const std::int64_t column = (a.first_input + k) * source.column_stride;
+    float* to = staged + k * kPanelColumns;
+    if (whole) {
+      for (int half = 0; half < kHalves; ++half) {
+        store(to + half * kLanes, load_as_float(source.data, dtype, column + a.first_row + half * kLanes));
+      }
+      continue;
+    }
+    for (int c = 0; c < kPanelColumns; ++c) {
+      const std::int64_t row = a.first_row + c;
+      const bool present = row >= a.row_begin && row < a.row_end;
+      to[c] = present ? scalar_as_float(source.data, dtype, row * source.row_stride + column) : 0.0f;
+    }
+  }
+}
+
+template <DType dtype>
+void gather(const PackArgs& a, float* staged) {
+  std::int64_t inputs = a.source->columns - a.first_input;
+  if (inputs > a.layout->k) inputs = a.layout->k;
+  if (inputs < 0) inputs = 0;
+  if (a.source->column_stride == 1) {
+    gather_by_rows<dtype>(a, inputs, staged);
+  } else {
+    gather_strided<dtype>(a, inputs, staged);
+  }
+  for (std::int64_t i = inputs * kPanelColumns; i < a.layout->units * kUnitInputs * kPanelColumns; i += kLanes) {
+    store(staged + i, F{});
+  }
+}
+
+NUMAGRAFT_INLINE F magnitude(F x) { return (F)((I)x & 0x7FFFFFFF); }
+NUMAGRAFT_INLINE F larger(F a, F b) { return select(a > b, a, b); }
+NUMAGRAFT_INLINE F smaller(F a, F b) { return select(a < b, a, b); }
+NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int half) {
+  return load<F>(staged + k * kPanelColumns + half * kLanes);
+}
+NUMAGRAFT_INLINE F rounded_to_bf16(F x) { return from_bf16(to_bf16(x)); }
+NUMAGRAFT_INLINE I clamp(I q, std::int32_t low, std::int32_t high) {
+  const I below = q < low;
+  q = (below & low) | (~below & q);
+  const I above = q > high;
+  return (above & high) | (~above & q);
+}
+NUMAGRAFT_INLINE F reciprocal_or_zero(F s) { return select(s != F{}, splat(1.0f) / s, F{}); }
+
+// ---- bf16
+
+void pack_bf16(const PackArgs& a, const float* staged) {
+  std::byte* to = a.panel;
+  for (std::int64_t k = 0; k < a.layout->units * kUnitInputs; k += kUnitInputs / 2) {
+    for (int half = 0; half < kHalves; ++half) {
+      for (int row = 0; row < 16; ++row, to += 64) {
+        const U even = __builtin_convertvector(to_bf16(at(staged, k + 2 * row, half)), U);
+        const U odd = __builtin_convertvector(to_bf16(at(staged, k + 2 * row + 1, half)), U);
+        store(to, even | (odd << 16));
+      }
+    }
+  }
+}
+
+// ---- int8
+
+void pack_int8(const PackArgs& a, const float* staged) {
+  for (int half = 0; half < kHalves; ++half) {
+    F largest = {};
+    for (std::int64_t k = 0; k < a.layout->k; ++k) largest = larger(magnitude(at(staged, k, half)), largest);
+    const F scale = largest * splat(1.0f / 127.0f);
+    const F inverse = reciprocal_or_zero(scale);
+    store(a.side + half * kLanes, scale);
+    for (std::int64_t unit = 0; unit < a.layout->units; ++unit) {
+      std::byte* to = a.panel + unit * a.layout->unit_bytes + half * 1024;
+      for (int row = 0; row < 16; ++row, to += 64) {
+        I bytes = {};
+        for (int i = 0; i < 4; ++i) {
+          const F w = at(staged, unit * kUnitInputs + row * 4 + i, half);
+          bytes |= (clamp(round_to_int(w * inverse), -127, 127) + kInt8Offset) << (8 * i);
+        }
+        store(to, bytes);
+      }
+    }
+  }
+}
+
+// ---- int4: w = scale * q + minimum, q in 0..15 (symmetric: minimum = -8 scale)
+
+struct Grid {
+  F scale;
+  F minimum;
+};
+
+// Squared error of a grid over a group, and what a least-squares refit of the grid to its own integers needs.
+struct Fit {
+  F error;
+  F q;
+  F qq;
+  F wq;
+};
+
+template <bool refit>
+NUMAGRAFT_INLINE Fit fit(const float* staged, int half, int inputs, const Grid& grid) {
+  const F inverse = reciprocal_or_zero(grid.scale);
+  const F offset = -grid.minimum * inverse;
+  Fit out = {};
+  for (int k = 0; k < inputs; ++k) {
+    const F w = at(staged, k, half);
+    F q = w * inverse + offset;
+    q = smaller(larger(q, F{}), splat(15.0f));
+    q = (q + splat(8388608.0f)) - splat(8388608.0f);
+    const F d = w - (grid.scale * q + grid.minimum);
+    out.error += d * d;
+    if constexpr (refit) {
+      out.q += q;
+      out.qq += q * q;
+      out.wq += w * q;
+    }
+  }
+  return out;
+}
+
+struct Best {
+  F error;
+  Grid grid;
+  NUMAGRAFT_INLINE void consider(Best& best, F error, const Grid& grid) {
+    const I better = error < best.error;
+    best.error = select(better, error, best.error);
+    best.grid.scale = select(better, grid.scale, best.grid.scale);
+    best.grid.minimum = select(better, grid.minimum, best.grid.minimum);
+  }
+};
+
+NUMAGRAFT_INLINE Grid rounded(Grid grid, bool symmetric) {
+  grid.scale = rounded_to_bf16(grid.scale);
+  grid.minimum = symmetric ? splat(-8.0f) * grid.scale : rounded_to_bf16(grid.minimum);
+  return grid;
+}
+
+// A grid that spans less than the range often has the smaller squared error: a few spans are tried, each refitted by
+// least squares to the integers it gave.
+NUMAGRAFT_INLINE Grid search_asymmetric(const float* staged, int half, int inputs) {
+  F low = at(staged, 0, half);
+  F high = low;
+  F sum = {};
+  for (int k = 0; k < inputs; ++k) {
+    const F w = at(staged, k, half);
+    low = smaller(low, w);
+    high = larger(high, w);
+    sum += w;
+  }
+  const F n = splat(static_cast<float>(inputs));
+  const F middle = (low + high) * splat(0.5f);
+  Best best{splat(__builtin_inff()), {F{}, middle}};
+  constexpr float spans[] = {1.0f, 0.93f, 0.86f, 0.79f};
+  for (float span : spans) {
+    Grid grid;
+    grid.scale = (high - low) * splat(span / 15.0f);
+    grid.minimum = middle - grid.scale * splat(7.5f);
+    grid = rounded(grid, false);
+    for (int round = 0; round < 2; ++round) {
+      const Fit f = fit<true>(staged, half, inputs, grid);
+      Best::consider(best, f.error, grid);
+      const F determinant = n * f.qq - f.q * f.q;
+      const I solvable = determinant > F{};
+      const F scale = (n * f.wq - f.q * sum) / select(solvable, determinant, splat(1.0f));
+      Grid next;
+      next.scale = select(solvable, scale, grid.scale);
+      next.minimum = select(solvable, (sum - scale * f.q) / n, grid.minimum);
+      grid = rounded(next, false);
+    }
+    Best::consider(best, fit<false>(staged, half, inputs, grid).error, grid);
+  }
+  return best.grid;
+}
+
+NUMAGRAFT_INLINE Grid search_symmetric(const float* staged, int half, int inputs) {
+  F low = {};
+  F high = {};
+  for (int k = 0; k < inputs; ++k) {
+    const F w = at(staged, k, half);
+    low = smaller(low, w);
+    high = larger(high, w);
+  }
+  // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign.
+  const F extreme = select(-low > high, low, high);
+  Best best{splat(__builtin_inff()), {F{}, F{}}};
+  constexpr float reaches[] = {-8.8f, -8.0f, -7.4f, -6.8f, -6.2f, 7.5f, 6.7f};
+  for (float reach : reaches) {
+    Grid grid;
+    grid.scale = extreme * splat(1.0f / reach);
+    grid = rounded(grid, true);
+    const Fit f = fit<true>(staged, half, inputs, grid);
+    Best::consider(best, f.error, grid);
+    const F squares = f.qq - splat(16.0f) * f.q + splat(64.0f * static_cast<float>(inputs));
+    F sum = {};
+    for (int k = 0; k < inputs; ++k) sum += at(staged, k, half);
+    const I solvable = squares > F{};
+    Grid next;
+    next.scale = select(solvable, (f.wq - splat(8.0f) * sum) / select(solvable, squares, splat(1.0f)), grid.scale);
+    next = rounded(next, true);
+    Best::consider(best, fit<false>(staged, half, inputs, next).error, next);
+  }
+  return best.grid;
+}
+
+void pack_int4(const PackArgs& a, const float* staged) {
+  const Layout& layout = *a.layout;
+  const bool symmetric = layout.symmetric;
+  F largest[kHalves] = {};
+  Grid grids[kHalves] = {};
+  for (std::int64_t unit = 0; unit < layout.units; ++unit) {
+    std::byte* data = a.panel + unit * layout.unit_bytes;
+    auto* scales = reinterpret_cast<std::uint16_t*>(data + layout.data_bytes);
+    std::uint16_t* minima = scales + layout.unit_groups * kPanelColumns;
+    const float* inputs = staged + unit * kUnitInputs * kPanelColumns;
+    for (int half = 0; half < kHalves; ++half) {
+      I nibbles[kUnitInputs];
+      for (int begin = 0; begin < kUnitInputs; begin += 32) {
+        const std::int64_t first = unit * kUnitInputs + begin;
+        if (first % layout.group == 0) {
+          std::int64_t members = layout.k - first;  // padding must not pull the grid towards zero
+          if (members > layout.group) members = layout.group;
+          const float* group = staged + first * kPanelColumns;
+          if (members <= 0) {
+            grids[half] = Grid{};
+          } else {
+            grids[half] = symmetric ? search_symmetric(group, half, static_cast<int>(members))
+                                    : search_asymmetric(group, half, static_cast<int>(members));
+          }
+        }
+        const Grid& grid = grids[half];
+        const int group_in_unit = layout.unit_groups == 2 ? begin / 32 : 0;
+        store(scales + group_in_unit * kPanelColumns + half * kLanes, to_bf16(grid.scale));
+        if (!symmetric) store(minima + group_in_unit * kPanelColumns + half * kLanes, to_bf16(grid.minimum));
+        const F inverse = reciprocal_or_zero(grid.scale);
+        const F offset = -grid.minimum * inverse;
+        for (int k = begin; k < begin + 32; ++k) {
+          const F w = at(inputs, k, half);
+          const I q = round_to_int(smaller(larger(w * inverse + offset, F{}), splat(15.0f)));
+          nibbles[k] = q;
+          if (first + k - begin < layout.k) largest[half] = larger(magnitude(grid.scale * to_float(q) + grid.minimum), largest[half]);
+        }
+      }
+      std::byte* to = data + half * 512;
+      for (int row = 0; row < 8; ++row, to += 64) {
+        I bytes = {};
+        for (int i = 0; i < 4; ++i) {
+          bytes |= (nibbles[row * 4 + i] | (nibbles[32 + row * 4 + i] << 4)) << (8 * i);
+        }
+        store(to, bytes);
+      }
+      if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
+        const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
+        store(a.side + chunk * a.side_stride + half * kLanes, largest[half] * splat(1.0f / 127.0f));
+        largest[half] = F{};
+      }
+    }
+  }
+}
+
+// ---- mxfp4: w = value(code) * 2^(e - 127), codes sign | 0, .5, 1, 1.5, 2, 3, 4, 6
+
+// Nearest code (ties to the even one) of x, which is in units of the scale.
+NUMAGRAFT_INLINE I mxfp4_code(F x) {
+  const F m = magnitude(x);
+  I code = {};
+  code -= (m > splat(0.25f));
+  code -= (m >= splat(0.75f));
+  code -= (m > splat(1.25f));
+  code -= (m >= splat(1.75f));
+  code -= (m > splat(2.5f));
+  code -= (m >= splat(3.5f));
+  code -= (m > splat(5.0f));
+  return code | (((I)x >> 28) & 8);
+}
+NUMAGRAFT_INLINE F mxfp4_value(I code) {
+  constexpr float values[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  F v;
+  for (int lane = 0; lane < kLanes; ++lane) v[lane] = code[lane] & 8 ? -values[code[lane] & 7] : values[code[lane] & 7];
+  return v;
+}
+NUMAGRAFT_INLINE F power_of_two(I exponent_code) { return (F)(exponent_code << 23); }
+
+NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
+  F largest = {};
+  for (int k = 0; k < inputs; ++k) largest = larger(magnitude(at(staged, k, half)), largest);
+  // The exponent of the OCP specification (largest power of two in the group over that of 6), or one more where the
+  // values it clips cost more than the coarser step.
+  const I base = clamp(((I)largest >> 23) - 2, 1, 253);
+  F error[2] = {};
+  for (int candidate = 0; candidate < 2; ++candidate) {
+    const F scale = power_of_two(base + candidate);
+    const F inverse = splat(1.0f) / scale;
+    for (int k = 0; k < inputs; ++k) {
+      const F w = at(staged, k, half);
+      const F d = w - mxfp4_value(mxfp4_code(w * inverse)) * scale;
+      error[candidate] += d * d;
+    }
+  }
+  return base - (error[1] < error[0]);
+}
+
+void pack_mxfp4(const PackArgs& a, const float* staged) {
+  const Layout& layout = *a.layout;
+  F largest[kHalves] = {};
+  for (std::int64_t unit = 0; unit < layout.units; ++unit) {
+    std::byte* data = a.panel + unit * layout.unit_bytes;
+    auto* exponents = reinterpret_cast<std::uint8_t*>(data + layout.data_bytes);
+    const float* inputs = staged + unit * kUnitInputs * kPanelColumns;
+    for (int half = 0; half < kHalves; ++half) {
+      I nibbles[kUnitInputs];
+      for (int group = 0; group < 2; ++group) {
+        const I exponent = mxfp4_exponent(inputs + group * 32 * kPanelColumns, half, 32);
+        store(exponents + group * kPanelColumns + half * kLanes, __builtin_convertvector(exponent, U8));
+        const F scale = power_of_two(exponent);
+        const F inverse = splat(1.0f) / scale;
+        for (int k = group * 32; k < group * 32 + 32; ++k) {
+          nibbles[k] = mxfp4_code(at(inputs, k, half) * inverse);
+          largest[half] = larger(magnitude(mxfp4_value(nibbles[k]) * scale), largest[half]);
+        }
+      }
+      std::byte* to = data + half * 512;
+      for (int row = 0; row < 8; ++row, to += 64) {
+        I bytes = {};
+        for (int i = 0; i < 4; ++i) bytes |= (nibbles[row * 4 + i] | (nibbles[32 + row * 4 + i] << 4)) << (8 * i);
+        store(to, bytes);
+      }
+      if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
+        const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
+        store(a.side + chunk * a.side_stride + half * kLanes, largest[half] * splat(1.0f / 127.0f));
+        largest[half] = F{};
+      }
+    }
+  }
+}
+
+// ---- fp8 (e4m3): one scale per 128 inputs and, packed from floats, per panel
+
+NUMAGRAFT_INLINE U fp8_code(F x) {
+  const U bits = (U)magnitude(smaller(larger(x, splat(-448.0f)), splat(448.0f)));
+  const U normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
+  const U subnormal = (U)round_to_int((F)bits * splat(512.0f));
+  const U small = (U)((F)bits < splat(0x1p-6f));
+  return ((small & subnormal) | (~small & normal)) | (((U)x >> 24) & 0x80);
+}
+
+void pack_fp8(const PackArgs& a, const float* staged) {
+  const Layout& layout = *a.layout;
+  for (std::int64_t block = 0; block < layout.scale_rows; ++block) {
+    const std::int64_t first = block * kFp8Block;
+    const std::int64_t last = first + kFp8Block < layout.units * kUnitInputs ? first + kFp8Block : layout.units * kUnitInputs;
+    F lanes = {};
+    for (std::int64_t k = first; k < last; ++k) {
+      for (int half = 0; half < kHalves; ++half) lanes = larger(magnitude(at(staged, k, half)), lanes);
+    }
+    float largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    const F scale = splat(largest / 448.0f);
+    const F inverse = reciprocal_or_zero(scale);
+    for (int half = 0; half < kHalves; ++half) store(a.side + block * a.side_stride + half * kLanes, scale);
+    for (std::int64_t k = first; k < last; k += 32) {
+      for (int half = 0; half < kHalves; ++half) {
+        std::byte* to = a.panel + (k / 32) * 1024 + half * 512;
+        for (int row = 0; row < 16; ++row, to += 32) {
+          const U even = fp8_code(at(staged, k + 2 * row, half) * inverse);
+          const U odd = fp8_code(at(staged, k + 2 * row + 1, half) * inverse);
+          store(to, __builtin_convertvector(even | (odd << 8), U16));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void pack(const PackArgs& a) {
+  auto* staged = reinterpret_cast<float*>(a.staged);
+  switch (a.source->dtype) {
+    case DType::f32:
+      gather<DType::f32>(a, staged);
+      break;
+    case DType::bf16:
+      gather<DType::bf16>(a, staged);
+      break;
+    case DType::f16:
+      gather<DType::f16>(a, staged);
+      break;
+  }
+  switch (a.layout->kind) {
+    case WeightKind::bf16:
+      return pack_bf16(a, staged);
+    case WeightKind::int8:
+      return pack_int8(a, staged);
+    case WeightKind::int4:
+      return pack_int4(a, staged);
+    case WeightKind::fp8:
+      return pack_fp8(a, staged);
+    case WeightKind::mxfp4:
+      return pack_mxfp4(a, staged);
+  }
+}
+
+}  // namespace numagraft::NUMAGRAFT_ISA

@@ -1,0 +1,158 @@
+// Input rows on their way in: quantised to integers with one scale per row, or converted. Compiled once per ISA.
+#include "kernels/kernel_table.h"
+#include "kernels/simd.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+// |q| <= 128 * 127 + 63 so that both halves fit int8.
+constexpr float kWideLimit = 16319.0f;
+// The sum over a row of |q| times the largest weight (255 with its offset) must fit in int32.
+constexpr float kSumLimit = 2147483648.0f / 256.0f;
+
+struct Spread {
+  std::uint32_t largest_bits;  // of |x|; NaN and infinity order above every finite value
+  float square_sum;
+  float absolute_sum;
+};
+
+Spread measure(const PrepareArgs& a) {
+  I largest = {};
+  F squares = {};
+  F absolutes = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= a.k; i += kLanes) {
+    const F x = load_as_float(a.x, a.dtype, i);
+    const I bits = (I)x & 0x7FFFFFFF;
+    const I above = bits > largest;
+    largest = (above & bits) | (~above & largest);
+    squares += x * x;
+    absolutes += (F)bits;
+  }
+  Spread spread{0, sum_lanes(squares), sum_lanes(absolutes)};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (static_cast<std::uint32_t>(largest[lane]) > spread.largest_bits) spread.largest_bits = largest[lane];
+  }
+  for (; i < a.k; ++i) {
+    const float x = scalar_as_float(a.x, a.dtype, i);
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits &= 0x7FFFFFFF;
+    if (bits > spread.largest_bits) spread.largest_bits = bits;
+    spread.square_sum += x * x;
+    spread.absolute_sum += x < 0 ? -x : x;
+  }
+  return spread;
+}
+
+// Scale of the row; 0 for a row of zeros.
+float choose_scale(const PrepareArgs& a, const Spread& spread) {
+  float largest;
+  __builtin_memcpy(&largest, &spread.largest_bits, 4);
+  if (spread.largest_bits >= 0x7F800000) return __builtin_nanf("");
+  if (largest < 1e-34f) return 0.0f;  // its integers would need a reciprocal beyond fp32
+  const float one_half = largest / 127.0f;
+  const float rms = __builtin_sqrtf(spread.square_sum / static_cast<float>(a.k));
+  // rounding to a grid of step s leaves an error of s / sqrt(12) in the mean square
+  const float wanted = a.target_error * 3.4641016f * rms;
+  float scale = one_half;
+  if (wanted < one_half) {
+    scale = wanted;
+    if (scale < largest / kWideLimit) scale = largest / kWideLimit;
+    const float bound = spread.absolute_sum / kSumLimit;
+    if (scale < bound) scale = bound;
+    if (scale > one_half) scale = one_half;
+  }
+  return scale;
+}
+
+// The 64 inputs of a unit as integers.
+struct UnitIntegers {
+  I q[4];
+};
+
+NUMAGRAFT_INLINE void load_unit(const PrepareArgs& a, std::int64_t first, F (&x)[4]) {
+  if (first + kUnitInputs <= a.k) {
+    for (int v = 0; v < 4; ++v) x[v] = load_as_float(a.x, a.dtype, first + v * kLanes);
+    return;
+  }
+  alignas(64) float padded[kUnitInputs] = {};
+  for (std::int64_t i = first; i < a.k; ++i) padded[i - first] = scalar_as_float(a.x, a.dtype, i);
+  for (int v = 0; v < 4; ++v) x[v] = load<F>(padded + v * kLanes);
+}
+
+template <RowForm form>
+NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
+  const float scale = choose_scale(a, measure(a));
+  *a.scale = scale;
+  const F inverse = splat(scale > 0 ? 1.0f / scale : 0.0f);
+  const bool finite = scale == scale;
+  I total = {};
+  for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    UnitIntegers integers;
+    F x[4];
+    load_unit(a, unit * kUnitInputs, x);
+    for (int v = 0; v < 4; ++v) integers.q[v] = finite ? round_to_int(x[v] * inverse) : I{};
+    const I first = integers.q[0] + integers.q[1];
+    const I second = integers.q[2] + integers.q[3];
+    total += first + second;
+    float* group_sum = a.group_sum + unit * a.group_stride;
+    group_sum[0] = static_cast<float>(sum_lanes(first));
+    group_sum[1] = static_cast<float>(sum_lanes(second));
+    if constexpr (form == RowForm::wide) {
+      auto* low = reinterpret_cast<std::int16_t*>(a.low) + unit * a.unit_stride;
+      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(integers.q[v], I16));
+    } else {
+      auto* low = reinterpret_cast<std::int8_t*>(a.low) + unit * a.unit_stride;
+      auto* high = reinterpret_cast<std::int8_t*>(a.high) + unit * a.unit_stride;
+      I any = {};
+      I upper[4];
+      for (int v = 0; v < 4; ++v) {
+        const I q = integers.q[v];
+        const I wide = (q > 127) | (q < -127);
+        upper[v] = ((q + 64) >> 7) & wide;
+        any |= upper[v];
+        store(low + v * kLanes, __builtin_convertvector(q - (upper[v] << 7), I8));
+      }
+      std::int32_t flagged = 0;
+      for (int lane = 0; lane < kLanes; ++lane) flagged |= any[lane];
+      for (int v = 0; v < 4; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
+      if (flagged) a.flags[unit * a.flag_stride] |= a.flag_bit;
+    }
+  }
+  *a.sum = sum_lanes(total);
+}
+
+template <RowForm form>
+NUMAGRAFT_INLINE void convert(const PrepareArgs& a) {
+  *a.scale = 1.0f;
+  *a.sum = 0;
+  for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    F x[4];
+    load_unit(a, unit * kUnitInputs, x);
+    for (int v = 0; v < 4; ++v) {
+      if constexpr (form == RowForm::f32) {
+        store(reinterpret_cast<float*>(a.low) + unit * a.unit_stride + v * kLanes, x[v]);
+      } else {
+        store(reinterpret_cast<std::uint16_t*>(a.low) + unit * a.unit_stride + v * kLanes, to_bf16(x[v]));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void prepare(const PrepareArgs& a) {
+  switch (a.form) {
+    case RowForm::wide:
+      return quantise<RowForm::wide>(a);
+    case RowForm::halves:
+      return quantise<RowForm::halves>(a);
+    case RowForm::f32:
+      return convert<RowForm::f32>(a);
+    case RowForm::bf16:
+      return convert<RowForm::bf16>(a);
+  }
+}
+
+}  // namespace numagraft::NUMAGRAFT_ISA

@@ -1,0 +1,34 @@
+// One row of the kernel table. Compiled once per ISA.
+#include "kernels/kernel_table.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+
+void prepare(const PrepareArgs&);
+void gemm(const GemmArgs&);
+void store_rows(const StoreArgs&);
+void gate(const GateArgs&);
+void accumulate(const AccumulateArgs&);
+void reduce(const ReduceArgs&);
+void pack(const PackArgs&);
+
+#define NUMAGRAFT_TEXT_(x) #x
+#define NUMAGRAFT_TEXT(x) NUMAGRAFT_TEXT_(x)
+
+extern const KernelTable kernels;
+const KernelTable kernels = {
+    NUMAGRAFT_TEXT(NUMAGRAFT_ISA),
+    NUMAGRAFT_QUANTISED_FORM,
+    NUMAGRAFT_GROUPED_FORM,
+    NUMAGRAFT_FLOAT_FORM,
+    NUMAGRAFT_TILES,
+    NUMAGRAFT_TILES ? 2 : 0,
+    &prepare,
+    &gemm,
+    &store_rows,
+    &gate,
+    &accumulate,
+    &reduce,
+    &pack,
+};
+
+}  // namespace numagraft::NUMAGRAFT_ISA
