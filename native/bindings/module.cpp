@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, m) {
   numagraft::bind_system(m);
   numagraft::bind_runtime(m);
   numagraft::bind_bench(m);
+  numagraft::bind_weights(m);
 }

@@ -243,8 +243,8 @@ void gemm_rerounded(const GemmArgs& a) {
   const Layout& layout = *a.layout;
   alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
       const float* side = a.side + panel * kPanelColumns + first / kChunkUnits * a.side_stride;
       for (std::int64_t unit = first; unit < last; ++unit) {
         const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
@@ -266,10 +266,9 @@ void gemm_rerounded(const GemmArgs& a) {
 }
 
 void gemm_int8(const GemmArgs& a) {
-  const Layout& layout = *a.layout;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
@@ -334,8 +333,8 @@ void gemm_bf16(const GemmArgs& a) {
   const bool fp8 = layout.kind == WeightKind::fp8;
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = 0; first < layout.units; first += kFloatChunkUnits) {
-      const std::int64_t last = first + kFloatChunkUnits < layout.units ? first + kFloatChunkUnits : layout.units;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kFloatChunkUnits) {
+      const std::int64_t last = first + kFloatChunkUnits < a.last_unit ? first + kFloatChunkUnits : a.last_unit;
       const std::byte* weights = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
       if (fp8) {
         for (std::int64_t unit = first; unit < last; ++unit) {

@@ -113,11 +113,10 @@ NUMAGRAFT_INLINE void float_rows_up_to(int count, const GemmArgs& a, std::int64_
 
 template <WeightKind kind, bool bf16_inputs>
 void gemm_float(const GemmArgs& a) {
-  const Layout& layout = *a.layout;
   const std::int64_t chunk = kChunkInputs / kUnitInputs / 2;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = 0; first < layout.units; first += chunk) {
-      const std::int64_t last = first + chunk < layout.units ? first + chunk : layout.units;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];

@@ -18,7 +18,7 @@ void gemm(const GemmArgs& a) {
   const RowForm form = is_float ? RowForm::f32 : RowForm::wide;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     float* c = a.c + panel * a.c_panel_stride;
-    for (std::int64_t unit = 0; unit < layout.units; ++unit) {
+    for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
       float weights[kUnitInputs * kPanelColumns];
       dequantise_unit(layout, a.panel + panel * layout.panel_bytes, unit, a.side + panel * kPanelColumns, a.side_stride,
                       weights);

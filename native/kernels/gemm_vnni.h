@@ -230,10 +230,9 @@ static inline __attribute__((always_inline)) void run_strip(int count, const Gem
 // Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
-  const Layout& layout = *a.layout;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = 0; first < layout.units; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < layout.units ? first + kChunkUnits : layout.units;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
+      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];

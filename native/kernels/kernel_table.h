@@ -47,8 +47,7 @@ struct PrepareArgs {
   std::int32_t* sum;
   float* group_sum;             // halves and wide
   std::int64_t group_stride;    // floats between units
-  std::uint8_t* flags;          // halves only; bits are or-ed in
-  std::int64_t flag_stride;
+  std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
 };
 
@@ -59,6 +58,10 @@ struct GemmArgs {
   const float* side;            // side table at the first panel's first column
   std::int64_t side_stride;     // floats between its rows
   std::int64_t panels;
+  // Units [first_unit, last_unit), whole chunks but for the last: a panel may be worked through in several calls, in
+  // order; c then holds what is so far (integers until the last call).
+  std::int64_t first_unit;
+  std::int64_t last_unit;
   const RowBlock* blocks;
   int block_count;
   float* c;

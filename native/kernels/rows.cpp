@@ -117,7 +117,8 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
       std::int32_t flagged = 0;
       for (int lane = 0; lane < kLanes; ++lane) flagged |= any[lane];
       for (int v = 0; v < 4; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
-      if (flagged) a.flags[unit * a.flag_stride] |= a.flag_bit;
+      // rows of one block may be prepared by several threads
+      if (flagged) __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
     }
   }
   *a.sum = sum_lanes(total);

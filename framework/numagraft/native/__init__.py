@@ -6,6 +6,7 @@ Every call that computes releases the GIL.
 
 from __future__ import annotations
 
+from numagraft.native.capabilities import Capabilities, capabilities
 from numagraft.native.pages import PageCount, query_page_sizes, query_pages
 from numagraft.native.runtime import ArenaReport, PlacedBuffer, Runtime, WorkerPlace
 from numagraft.native.system import (
@@ -17,18 +18,34 @@ from numagraft.native.system import (
     memory_cgroup_limit,
     set_fault,
 )
+from numagraft.native.weights import (
+    Gate,
+    LinearWeights,
+    Matrix,
+    OperatorStats,
+    WeightFormat,
+    linear_packed_bytes,
+)
 
 __all__ = [
     "ArenaReport",
+    "Capabilities",
+    "Gate",
     "InheritedPolicy",
+    "LinearWeights",
+    "Matrix",
+    "OperatorStats",
     "PageCount",
     "PlacedBuffer",
     "Probe",
     "Runtime",
+    "WeightFormat",
     "WorkerPlace",
     "available_by_node",
     "binding_allowed",
+    "capabilities",
     "inherited_policy",
+    "linear_packed_bytes",
     "memory_cgroup_limit",
     "query_page_sizes",
     "query_pages",

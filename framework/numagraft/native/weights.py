@@ -1,0 +1,166 @@
+"""Packed weights: matrices in node memory and what is computed with them. Imports no torch.
+
+Tensors cross as `Matrix`; whoever calls keeps their memory alive for the call. Every call that packs or computes releases
+the GIL. Loading is for one thread at a time; `forward` may be called from many once nothing is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from numagraft import _native
+from numagraft.native.runtime import PlacedBuffer, Runtime
+from numagraft.placement import Part
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Element (r, c) lies at address + (r * row_stride + c * column_stride) * size of an element; strides in elements."""
+
+    address: int
+    dtype: Literal["f32", "bf16", "f16", "i64"]
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int = 1
+
+    def view(self) -> _native.MatrixView:
+        """As the binding takes it; raises ConfigurationError for a dtype that holds no weights or activations."""
+        return _native.MatrixView(
+            self.address, self.dtype, self.rows, self.columns, self.row_stride, self.column_stride
+        )
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are packed and inputs are taken.
+
+    `kind`: bf16; int8 (symmetric, a scale per output channel); int4 (a scale and a minimum per `group` of 32, 64 or 128
+    inputs, or with `symmetric` a scale alone); fp8 (e4m3, a scale per block); mxfp4 (e2m1, a power of two per 32).
+    `activations`: int8 takes inputs as integers of a step that is at most about 1 % of their root mean square; bf16 as
+    16-bit integers (int8, int4, mxfp4) or bf16 (bf16, fp8); auto takes the faster of those that the kind has.
+    """
+
+    kind: Literal["bf16", "int8", "int4", "fp8", "mxfp4"] = "int8"
+    group: int = 32
+    symmetric: bool = False
+    activations: Literal["auto", "int8", "bf16"] = "auto"
+
+    def native(self) -> _native.WeightFormat:
+        """As the binding takes it; raises ConfigurationError for values that do not go together."""
+        return _native.WeightFormat(self.kind, self.group, self.symmetric, self.activations)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The experts' inner activation of gate g and up u.
+
+    `silu`, `gelu`, `gelu_tanh`, `relu`: act(g) * u. `clamped_swiglu`: g = min(g, limit), u = clamp(u, -limit, limit),
+    g * sigmoid(alpha * g) * (u + 1).
+    """
+
+    kind: Literal["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"] = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+@dataclass(frozen=True)
+class OperatorStats:
+    """Counts since the weights were made; `remote_bytes` were read from verified pages of another node than the reader."""
+
+    calls: int
+    seconds: float
+    bytes_read: int
+    remote_bytes: int
+
+    @classmethod
+    def of(cls, stats: _native.OperatorStats) -> OperatorStats:
+        return cls(stats.calls, stats.seconds, stats.bytes_read, stats.remote_bytes)
+
+
+def _native_parts(parts: Sequence[Part]) -> list[_native.Part]:
+    return [
+        _native.Part(list(part.memory_nodes), part.interleaved, list(part.worker_nodes), part.begin, part.end)
+        for part in parts
+    ]
+
+
+class LinearWeights:
+    """y = x W^T + b with W [out_features, in_features] packed into the parts (units are output features).
+
+    Raises ConfigurationError (format), PlacementError (parts that do not cover the rows, memory that cannot be had).
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        out_features: int,
+        in_features: int,
+        format: WeightFormat,
+        parts: Sequence[Part],
+        has_bias: bool,
+        owner: str,
+    ) -> None:
+        self.runtime = runtime
+        self._weights = _native.LinearWeights(
+            runtime.native, out_features, in_features, format.native(), _native_parts(parts), has_bias, owner
+        )
+
+    def load_weight(self, matrix: Matrix, *, first_row: int = 0) -> None:
+        """Packs rows [first_row, first_row + matrix.rows) with all threads, each node's part by its own.
+
+        Raises WeightError, with nothing changed, for another shape or rows that came before.
+        """
+        self._weights.load_weight(matrix.view(), first_row)
+
+    def load_bias(self, matrix: Matrix) -> None:
+        """A [1, out_features] matrix. Raises WeightError for another shape, a second time, or weights without a bias."""
+        self._weights.load_bias(matrix.view())
+
+    def missing(self) -> list[str]:
+        """What `load_*` has not got yet."""
+        return self._weights.missing()
+
+    def forward(self, x: Matrix, out: Matrix) -> None:
+        """out [T, out_features] = x [T, in_features] W^T + b; out's columns are contiguous. T may be 0.
+
+        A row with a NaN or an infinity gives NaN in its own row. Raises WeightError for other shapes or missing weights.
+        """
+        self._weights.forward(x.view(), out.view())
+
+    def unpack(self, out: Matrix, *, part: int = 0) -> None:
+        """The dequantised rows of one part: what the packed bytes mean."""
+        self._weights.unpack(out.view(), part)
+
+    def buffers(self) -> list[PlacedBuffer]:
+        """One per part that holds rows."""
+        return [PlacedBuffer.of(buffer) for buffer in self._weights.buffers() if buffer.bytes]
+
+    @property
+    def packed_bytes(self) -> int:
+        return self._weights.packed_bytes
+
+    @property
+    def isa(self) -> str:
+        """The kernel row that packs and computes."""
+        return self._weights.isa
+
+    def stats(self) -> OperatorStats:
+        return OperatorStats.of(self._weights.stats())
+
+
+def linear_packed_bytes(
+    out_features: int, in_features: int, format: WeightFormat, has_bias: bool, parts: Sequence[Part]
+) -> list[int]:
+    """Bytes of each part, before rounding to pages; needs no runtime.
+
+    >>> linear_packed_bytes(64, 64, WeightFormat("int8"), False, [Part((0,), False, (0,), 0, 64)])
+    [4352]
+    """
+    native = format.native()
+    return [
+        _native.linear_packed_bytes(out_features, in_features, native, has_bias, part) for part in _native_parts(parts)
+    ]

@@ -1,0 +1,117 @@
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "kernels/kernel_table.h"
+#include "ops/linear.h"
+#include "system/error.h"
+#include "threads/runtime.h"
+
+namespace py = pybind11;
+
+namespace numagraft {
+namespace {
+
+DType parse_dtype(const std::string& name) {
+  if (name == "f32") return DType::f32;
+  if (name == "bf16") return DType::bf16;
+  if (name == "f16") return DType::f16;
+  throw ConfigurationFailure("dtype is '" + name + "': expected f32, bf16 or f16", "");
+}
+
+WeightKind parse_kind(const std::string& name) {
+  if (name == "bf16") return WeightKind::bf16;
+  if (name == "int8") return WeightKind::int8;
+  if (name == "int4") return WeightKind::int4;
+  if (name == "fp8") return WeightKind::fp8;
+  if (name == "mxfp4") return WeightKind::mxfp4;
+  throw ConfigurationFailure("weight format is '" + name + "': expected bf16, int8, int4, fp8 or mxfp4", "");
+}
+
+Activations parse_activations(const std::string& name) {
+  if (name == "auto") return Activations::automatic;
+  if (name == "int8") return Activations::int8;
+  if (name == "bf16") return Activations::bf16;
+  throw ConfigurationFailure("activations is '" + name + "': expected auto, int8 or bf16", "");
+}
+
+MatrixView view(std::uintptr_t address, const std::string& dtype, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                std::int64_t column_stride) {
+  return MatrixView{reinterpret_cast<const void*>(address), parse_dtype(dtype), rows, columns, row_stride, column_stride};  // NOLINT
+}
+
+Part part(std::vector<int> memory_nodes, bool interleaved, std::vector<int> workers, std::int64_t begin, std::int64_t end) {
+  return Part{{std::move(memory_nodes), interleaved ? MemoryTarget::Mode::interleave : MemoryTarget::Mode::bind}, std::move(workers), begin, end};
+}
+
+const KernelTable& chosen_kernels() {
+  try {
+    return active_kernels();
+  } catch (const std::invalid_argument& error) {
+    throw ConfigurationFailure(error.what(), "");
+  }
+}
+
+std::vector<std::string> supported_names() {
+  const KernelTable* const* tables = nullptr;
+  const int count = supported_kernels(&tables);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(tables[i]->isa);
+  return names;
+}
+
+}  // namespace
+
+void bind_weights(py::module_& m) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+
+  m.def("active_isa", [] { return std::string(chosen_kernels().isa); });
+  m.def("supported_isas", &supported_names);
+  m.def("isa_forced", &kernels_forced);
+
+  py::class_<MatrixView>(m, "MatrixView")
+      .def(py::init(&view), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("column_stride"));
+  py::class_<Part>(m, "Part")
+      .def(py::init(&part), py::arg("memory_nodes"), py::arg("interleaved"), py::arg("workers"), py::arg("begin"), py::arg("end"));
+  py::class_<WeightFormat>(m, "WeightFormat")
+      .def(py::init([](const std::string& kind, int group, bool symmetric, const std::string& activations) {
+             const WeightFormat format{parse_kind(kind), group, symmetric, parse_activations(activations)};
+             std::string text;
+             for (const std::string& problem : format_problems(format)) text += (text.empty() ? "" : "; ") + problem;
+             if (!text.empty()) throw ConfigurationFailure(text, "");
+             return format;
+           }),
+           py::arg("kind"), py::arg("group"), py::arg("symmetric"), py::arg("activations"));
+  py::class_<OperatorStats>(m, "OperatorStats")
+      .def_readonly("calls", &OperatorStats::calls)
+      .def_readonly("seconds", &OperatorStats::seconds)
+      .def_readonly("bytes_read", &OperatorStats::bytes_read)
+      .def_readonly("remote_bytes", &OperatorStats::remote_bytes);
+
+  py::class_<LinearWeights>(m, "LinearWeights")
+      .def(py::init([](std::shared_ptr<Runtime> runtime, std::int64_t out_features, std::int64_t in_features, const WeightFormat& format,
+                       std::vector<Part> parts, bool has_bias, std::string owner) {
+             chosen_kernels();
+             return std::make_unique<LinearWeights>(std::move(runtime), out_features, in_features, format, std::move(parts), has_bias, std::move(owner));
+           }),
+           py::arg("runtime"), py::arg("out_features"), py::arg("in_features"), py::arg("format"), py::arg("parts"), py::arg("has_bias"),
+           py::arg("owner"), Released())
+      .def("load_weight", &LinearWeights::load_weight, py::arg("matrix"), py::arg("first_row"), Released())
+      .def("load_bias", &LinearWeights::load_bias, py::arg("matrix"), Released())
+      .def("missing", &LinearWeights::missing)
+      .def("forward", &LinearWeights::forward, py::arg("x"), py::arg("out"), Released())
+      .def("unpack", &LinearWeights::unpack, py::arg("out"), py::arg("part"), Released())
+      .def("buffers", &LinearWeights::buffers)
+      .def_property_readonly("packed_bytes", &LinearWeights::packed_bytes)
+      .def("stats", &LinearWeights::stats)
+      .def_property_readonly("isa", &LinearWeights::isa);
+  m.def("linear_packed_bytes", &linear_packed_bytes, py::arg("out_features"), py::arg("in_features"), py::arg("format"), py::arg("has_bias"), py::arg("part"));
+}
+
+}  // namespace numagraft

@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/format.h"
+#include "kernels/kernel_table.h"
+#include "ops/packed_matrix.h"
+#include "ops/placement.h"
+#include "ops/row_set.h"
+#include "ops/teams.h"
+#include "ops/traffic.h"
+#include "threads/runtime.h"
+
+namespace numagraft {
+
+// y = x W^T + b with W [out, in] packed in node memory. Loading is serial (one thread at a time); forward may be called
+// from many threads once nothing is missing.
+class LinearWeights {
+ public:
+  // Throws ConfigurationFailure (format), PlacementFailure (parts, memory).
+  LinearWeights(std::shared_ptr<Runtime> runtime, std::int64_t out_features, std::int64_t in_features,
+                const WeightFormat& format, std::vector<Part> parts, bool has_bias, std::string owner);
+  ~LinearWeights();
+  LinearWeights(const LinearWeights&) = delete;
+  LinearWeights& operator=(const LinearWeights&) = delete;
+
+  // Rows [first_row, first_row + matrix.rows), each exactly once; throws WeightFailure before anything is changed.
+  void load_weight(const MatrixView& matrix, std::int64_t first_row);
+  void load_bias(const MatrixView& matrix);
+  std::vector<std::string> missing() const;
+  void forward(const MatrixView& x, const MatrixView& out);
+  void unpack(const MatrixView& out, int part) const;  // dequantised, all of the part's rows
+
+  const std::vector<Buffer>& buffers() const { return buffers_; }
+  std::int64_t packed_bytes() const;
+  OperatorStats stats() const { return traffic_.stats(); }
+  const char* isa() const { return kernels_->isa; }
+
+ private:
+  struct Call;
+  PackedMatrix matrix(int part) const {
+    const auto index = static_cast<std::size_t>(part);
+    return {&places_[index], buffers_[index].data};
+  }
+  void check_rows(const MatrixView& matrix, std::int64_t first_row) const;
+  void prepare_rows(const Call& call, const Worker& worker, Range rows, std::byte* prepared, std::byte* scratch) const;
+  void multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader);
+
+  std::shared_ptr<Runtime> runtime_;
+  const KernelTable* kernels_;
+  std::int64_t out_features_;
+  std::int64_t in_features_;
+  WeightFormat format_;
+  std::vector<Part> parts_;
+  bool has_bias_;
+  std::string owner_;
+  Teams teams_;
+  std::vector<MatrixPlace> places_;
+  std::vector<Buffer> buffers_;
+  std::vector<bool> row_loaded_;
+  std::int64_t rows_loaded_ = 0;
+  bool bias_loaded_ = false;
+  // Rows of panels that are not complete yet, as fp32, by (shard, panel).
+  std::unordered_map<std::int64_t, std::vector<float>> pending_;
+  Traffic traffic_;
+};
+
+// Bytes of one part; no runtime needed.
+std::int64_t linear_packed_bytes(std::int64_t out_features, std::int64_t in_features, const WeightFormat& format, bool has_bias,
+                                 const Part& part);
+
+// What rounding the inputs may cost, as a share of their root mean square (docs/kernels.md derives the figures).
+float linear_input_error(const WeightFormat& format);
+
+}  // namespace numagraft

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/format.h"
+#include "kernels/kernel_table.h"
+#include "memory/buffer.h"
+
+namespace numagraft {
+
+// Where one packed matrix lies inside a buffer, as byte offsets; each piece starts on a cache line.
+struct MatrixPlace {
+  Layout layout;
+  std::size_t panels = 0;
+  std::size_t side = 0;
+  std::size_t bias = 0;  // 0: none
+  std::size_t end = 0;
+};
+MatrixPlace place_matrix(const WeightFormat& format, std::int64_t rows, std::int64_t k, bool has_bias, std::size_t at);
+
+// The same with its buffer: what kernels are given.
+struct PackedMatrix {
+  const MatrixPlace* place = nullptr;
+  std::byte* base = nullptr;
+
+  const Layout& layout() const { return place->layout; }
+  std::byte* panel(std::int64_t index) const { return base + place->panels + static_cast<std::size_t>(index * layout().panel_bytes); }
+  float* side(std::int64_t panel) const { return reinterpret_cast<float*>(base + place->side) + panel * kPanelColumns; }
+  std::int64_t side_stride() const { return layout().panels * kPanelColumns; }
+  float* bias(std::int64_t panel) const {
+    return place->bias == 0 ? nullptr : reinterpret_cast<float*>(base + place->bias) + panel * kPanelColumns;
+  }
+  std::size_t panel_offset(std::int64_t index) const { return place->panels + static_cast<std::size_t>(index * layout().panel_bytes); }
+};
+
+// Packs one panel whose columns are source rows first_row .. first_row + 31 (those outside [row_begin, row_end) as zeros)
+// and whose input 0 is the source's column first_input.
+void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const MatrixView& source,
+                std::int64_t first_row, std::int64_t row_begin, std::int64_t row_end, std::int64_t first_input,
+                std::byte* staged);
+
+// Products of prepared rows with panels [panel, panel + count) into c[panel][row][32].
+void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
+                     const RowBlock* blocks, std::int64_t block_count, float* c, std::int64_t c_panel_stride);
+
+// Dequantised element range [row, row + 1) x all inputs of a packed matrix, as fp32.
+void unpack_row(const PackedMatrix& matrix, std::int64_t row, float* out);
+
+// Writes one fp32 value into a view of any dtype.
+void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value);
+float load_element(const MatrixView& from, std::int64_t row, std::int64_t column);
+
+// Every problem with a format, empty if none.
+std::vector<std::string> format_problems(const WeightFormat& format);
+
+}  // namespace numagraft

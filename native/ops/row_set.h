@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/kernel_table.h"
+
+namespace numagraft {
+
+// How prepared input rows lie in scratch memory: blocks of up to `block_rows` rows (32, or 1: each row by itself), all
+// full but the last. Arithmetic only; it owns nothing.
+class RowSet {
+ public:
+  RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows = kBlockRows);
+
+  std::int64_t rows() const { return rows_; }
+  std::int64_t blocks() const { return (rows_ + block_rows_ - 1) / block_rows_; }
+  std::size_t bytes() const { return bytes_; }
+
+  RowBlock block(std::byte* base, std::int64_t index) const;
+  // Call before rows of these blocks are prepared or gathered.
+  void clear_flags(std::byte* base, std::int64_t first_block, std::int64_t last_block) const;
+
+  // Row `row` from k contiguous values of any dtype.
+  void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error) const;
+  // Row `row` from a prepared row of another set over the same inputs.
+  void copy(std::byte* base, std::int64_t row, const RowSet& source, std::byte* source_base, std::int64_t source_row) const;
+
+ private:
+  struct Place;
+  struct Offsets {
+    std::size_t low, high, scale, sum, group_sum, flags, end;
+  };
+  Offsets offsets(int stride_rows) const;
+  int stride_rows(std::int64_t block) const;
+  std::size_t block_offset(std::int64_t block) const { return static_cast<std::size_t>(block) * full_block_bytes_; }
+
+  const KernelTable* kernels_;
+  RowForm form_;
+  std::int64_t k_;
+  std::int64_t units_;
+  std::int64_t rows_;
+  int block_rows_;
+  bool tiles_;
+  std::size_t full_block_bytes_;
+  std::size_t bytes_;
+};
+
+}  // namespace numagraft
