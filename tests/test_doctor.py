@@ -258,7 +258,7 @@ def test_every_topic_in_the_source_is_planted_here():
     source = Path(doctor_command.__file__).parent.parent / "doctor"
     pattern = re.compile(r'Finding\(\s*(?:"\w+"|[^,]*?),\s*"([a-z-]+)"')
     topics = {topic for path in source.glob("*.py") for topic in pattern.findall(path.read_text())}
-    assert topics == {planted[0] for planted in PLANTED}
+    assert topics - {"uneven-bandwidth"} == {planted[0] for planted in PLANTED}  # that one: test_measurement.py
 
 
 @pytest.mark.parametrize(
