@@ -121,10 +121,18 @@ void check_room(const Need& need, const std::string& owner) {
   check_locked(need, owner);
 }
 
-RoomClaim::RoomClaim(Need need, const std::string& owner) : need_(std::move(need)) {
+RoomClaim::RoomClaim(Need need, const std::string& owner) : need_(std::move(need)), owner_(owner) {
   const std::lock_guard lock(fork_safe_mutex());
   check_locked(need_, owner);
   for (const auto& [node, bytes] : need_.per_node) claims()[{node, claim_unit(need_.pages)}] += bytes;
+}
+
+void RoomClaim::check_again(double share) const {
+  if (is_explicit(need_.pages)) return;  // the kernel says so itself, and kills nobody
+  Need rest = need_;
+  for (auto& [node, bytes] : rest.per_node) bytes = static_cast<std::size_t>(static_cast<double>(bytes) * share);
+  check_nodes(rest, owner_ + " (while its memory was being filled)", Claims());
+  check_cgroup(rest, owner_ + " (while its memory was being filled)", Claims());
 }
 
 RoomClaim::~RoomClaim() {
