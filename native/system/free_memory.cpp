@@ -177,6 +177,8 @@ std::map<int, std::int64_t> available_by_node() {
 
 std::optional<std::int64_t> available_total() { return planted() ? planted_bytes.load() : meminfo_available(); }
 
+bool availability_planted() { return planted_bytes.load() >= 0; }
+
 void plant_available(std::int64_t bytes, int after) {
   planted_after.store(after);
   planted_bytes.store(bytes);
