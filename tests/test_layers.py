@@ -23,9 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rulefile", "presets", "params"}),
     frozenset({"roles", "matching"}),
     frozenset({"planning", "plans"}),
-    frozenset(
-        {"checkpoints", "skeleton", "crossings", "injection", "preflight", "progress", "tied", "guards", "stats"}
-    ),
+    frozenset({"checkpoints", "skeleton", "crossings", "injection", "preflight", "progress", "tied", "guards", "stats"}),
     frozenset({"loading", "quantizer"}),
     frozenset({"api"}),
     frozenset({"cli"}),
