@@ -9,6 +9,7 @@
 
 #include "bindings/bind.h"
 #include "kernels/kernel_table.h"
+#include "ops/experts.h"
 #include "ops/linear.h"
 #include "system/error.h"
 #include "threads/runtime.h"
@@ -48,6 +49,26 @@ MatrixView view(std::uintptr_t address, const std::string& dtype, std::int64_t r
 
 Part part(std::vector<int> memory_nodes, bool interleaved, std::vector<int> workers, std::int64_t begin, std::int64_t end) {
   return Part{{std::move(memory_nodes), interleaved ? MemoryTarget::Mode::interleave : MemoryTarget::Mode::bind}, std::move(workers), begin, end};
+}
+
+GateKind parse_gate(const std::string& name) {
+  if (name == "silu") return GateKind::silu;
+  if (name == "gelu") return GateKind::gelu;
+  if (name == "gelu_tanh") return GateKind::gelu_tanh;
+  if (name == "relu") return GateKind::relu;
+  if (name == "clamped_swiglu") return GateKind::clamped_swiglu;
+  throw ConfigurationFailure("gate is '" + name + "': expected silu, gelu, gelu_tanh, relu or clamped_swiglu", "");
+}
+
+ExpertsWeights::Piece parse_piece(const std::string& name) {
+  if (name == "gate") return ExpertsWeights::Piece::gate;
+  if (name == "up") return ExpertsWeights::Piece::up;
+  if (name == "down") return ExpertsWeights::Piece::down;
+  throw ConfigurationFailure("piece is '" + name + "': expected gate, up or down", "");
+}
+
+ExpertIds expert_ids(std::uintptr_t address, std::int64_t tokens, std::int64_t slots, std::int64_t token_stride, std::int64_t slot_stride) {
+  return ExpertIds{reinterpret_cast<const std::int64_t*>(address), tokens, slots, token_stride, slot_stride};  // NOLINT
 }
 
 const KernelTable& chosen_kernels() {
@@ -106,12 +127,49 @@ void bind_weights(py::module_& m) {
       .def("load_bias", &LinearWeights::load_bias, py::arg("matrix"), Released())
       .def("missing", &LinearWeights::missing)
       .def("forward", &LinearWeights::forward, py::arg("x"), py::arg("out"), Released())
-      .def("unpack", &LinearWeights::unpack, py::arg("out"), py::arg("part"), Released())
+      .def("unpack", &LinearWeights::unpack, py::arg("out"), py::arg("replica"), Released())
       .def("buffers", &LinearWeights::buffers)
       .def_property_readonly("packed_bytes", &LinearWeights::packed_bytes)
       .def("stats", &LinearWeights::stats)
       .def_property_readonly("isa", &LinearWeights::isa);
   m.def("linear_packed_bytes", &linear_packed_bytes, py::arg("out_features"), py::arg("in_features"), py::arg("format"), py::arg("has_bias"), py::arg("part"));
+
+  py::class_<Gate>(m, "Gate").def(py::init([](const std::string& kind, float alpha, float limit) { return Gate{parse_gate(kind), alpha, limit}; }),
+                                  py::arg("kind"), py::arg("alpha"), py::arg("limit"));
+  py::class_<ExpertIds>(m, "ExpertIds")
+      .def(py::init(&expert_ids), py::arg("address"), py::arg("tokens"), py::arg("slots"), py::arg("token_stride"), py::arg("slot_stride"));
+  py::class_<ExpertsShape>(m, "ExpertsShape")
+      .def(py::init([](std::int64_t experts, std::int64_t hidden, std::int64_t intermediate, bool has_bias) {
+             return ExpertsShape{experts, hidden, intermediate, has_bias};
+           }),
+           py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("has_bias"));
+  py::class_<ExpertsWeights>(m, "ExpertsWeights")
+      .def(py::init([](std::shared_ptr<Runtime> runtime, const ExpertsShape& shape, const WeightFormat& format, const Gate& gate,
+                       std::vector<Part> parts, std::string owner) {
+             chosen_kernels();
+             return std::make_unique<ExpertsWeights>(std::move(runtime), shape, format, gate, std::move(parts), std::move(owner));
+           }),
+           py::arg("runtime"), py::arg("shape"), py::arg("format"), py::arg("gate"), py::arg("parts"), py::arg("owner"), Released())
+      .def("load", &ExpertsWeights::load, py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("first_expert"), Released())
+      .def(
+          "load_bias",
+          [](ExpertsWeights& weights, const std::string& piece, std::int64_t expert, const MatrixView& values) {
+            weights.load_bias(parse_piece(piece), expert, values);
+          },
+          py::arg("piece"), py::arg("expert"), py::arg("values"), Released())
+      .def("missing", &ExpertsWeights::missing)
+      .def("forward", &ExpertsWeights::forward, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"), Released())
+      .def(
+          "unpack",
+          [](const ExpertsWeights& weights, const std::string& piece, std::int64_t expert, const MatrixView& out, int replica) {
+            weights.unpack(parse_piece(piece), expert, out, replica);
+          },
+          py::arg("piece"), py::arg("expert"), py::arg("out"), py::arg("replica"), Released())
+      .def("buffers", &ExpertsWeights::buffers)
+      .def_property_readonly("packed_bytes", &ExpertsWeights::packed_bytes)
+      .def("stats", &ExpertsWeights::stats)
+      .def_property_readonly("isa", &ExpertsWeights::isa);
+  m.def("experts_packed_bytes", &experts_packed_bytes, py::arg("shape"), py::arg("format"), py::arg("part"));
 }
 
 }  // namespace numagraft

@@ -129,10 +129,17 @@ void pack_bf16(const PackArgs& a, const float* staged) {
 
 // ---- int8
 
-void pack_int8(const PackArgs& a, const float* staged) {
+// Largest magnitude of each column over all inputs of the source, also those of other shards: every placement then has
+// the same scales.
+void widen_range(const Layout& layout, const float* staged, F (&largest)[kHalves]) {
+  for (std::int64_t k = 0; k < layout.k; ++k) {
+    for (int half = 0; half < kHalves; ++half) largest[half] = larger(magnitude(at(staged, k, half)), largest[half]);
+  }
+}
+
+void pack_int8(const PackArgs& a, const float* staged, const F (&range)[kHalves]) {
   for (int half = 0; half < kHalves; ++half) {
-    F largest = {};
-    for (std::int64_t k = 0; k < a.layout->k; ++k) largest = larger(magnitude(at(staged, k, half)), largest);
+    const F largest = range[half];
     const F scale = largest * splat(1.0f / 127.0f);
     const F inverse = reciprocal_or_zero(scale);
     store(a.side + half * kLanes, scale);
@@ -440,24 +447,39 @@ void pack_fp8(const PackArgs& a, const float* staged) {
 
 }  // namespace
 
-void pack(const PackArgs& a) {
-  auto* staged = reinterpret_cast<float*>(a.staged);
+namespace {
+
+void gather_any(const PackArgs& a, float* staged) {
   switch (a.source->dtype) {
     case DType::f32:
-      gather<DType::f32>(a, staged);
-      break;
+      return gather<DType::f32>(a, staged);
     case DType::bf16:
-      gather<DType::bf16>(a, staged);
-      break;
+      return gather<DType::bf16>(a, staged);
     case DType::f16:
-      gather<DType::f16>(a, staged);
-      break;
+      return gather<DType::f16>(a, staged);
   }
+}
+
+}  // namespace
+
+void pack(const PackArgs& a) {
+  auto* staged = reinterpret_cast<float*>(a.staged);
+  F range[kHalves] = {};
+  if (a.layout->kind == WeightKind::int8) {
+    PackArgs other = a;
+    for (other.first_input = 0; other.first_input < a.source->columns; other.first_input += a.layout->k) {
+      if (other.first_input == a.first_input && a.layout->k >= a.source->columns) break;  // there is no other shard
+      gather_any(other, staged);
+      widen_range(*a.layout, staged, range);
+    }
+  }
+  gather_any(a, staged);
   switch (a.layout->kind) {
     case WeightKind::bf16:
       return pack_bf16(a, staged);
     case WeightKind::int8:
-      return pack_int8(a, staged);
+      widen_range(*a.layout, staged, range);
+      return pack_int8(a, staged, range);
     case WeightKind::int4:
       return pack_int4(a, staged);
     case WeightKind::fp8:

@@ -34,7 +34,7 @@ class LinearWeights {
   void load_bias(const MatrixView& matrix);
   std::vector<std::string> missing() const;
   void forward(const MatrixView& x, const MatrixView& out);
-  void unpack(const MatrixView& out, int part) const;  // dequantised, all of the part's rows
+  void unpack(const MatrixView& out, int replica) const;  // dequantised
 
   const std::vector<Buffer>& buffers() const { return buffers_; }
   std::int64_t packed_bytes() const;

@@ -19,17 +19,20 @@ from numagraft.native.system import (
     set_fault,
 )
 from numagraft.native.weights import (
+    ExpertsWeights,
     Gate,
     LinearWeights,
     Matrix,
     OperatorStats,
     WeightFormat,
+    experts_packed_bytes,
     linear_packed_bytes,
 )
 
 __all__ = [
     "ArenaReport",
     "Capabilities",
+    "ExpertsWeights",
     "Gate",
     "InheritedPolicy",
     "LinearWeights",
@@ -44,6 +47,7 @@ __all__ = [
     "available_by_node",
     "binding_allowed",
     "capabilities",
+    "experts_packed_bytes",
     "inherited_policy",
     "linear_packed_bytes",
     "memory_cgroup_limit",

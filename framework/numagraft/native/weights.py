@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from numagraft import _native
+from numagraft.errors import WeightError
 from numagraft.native.runtime import PlacedBuffer, Runtime
 from numagraft.placement import Part
 
@@ -131,9 +132,9 @@ class LinearWeights:
         """
         self._weights.forward(x.view(), out.view())
 
-    def unpack(self, out: Matrix, *, part: int = 0) -> None:
-        """The dequantised rows of one part: what the packed bytes mean."""
-        self._weights.unpack(out.view(), part)
+    def unpack(self, out: Matrix, *, replica: int = 0) -> None:
+        """The dequantised weight [out_features, in_features]: what the packed bytes mean."""
+        self._weights.unpack(out.view(), replica)
 
     def buffers(self) -> list[PlacedBuffer]:
         """One per part that holds rows."""
@@ -164,3 +165,121 @@ def linear_packed_bytes(
     return [
         _native.linear_packed_bytes(out_features, in_features, native, has_bias, part) for part in _native_parts(parts)
     ]
+
+
+class ExpertsWeights:
+    """The experts of a mixture: gate and up [intermediate, hidden], down [hidden, intermediate], for each expert.
+
+    Units of the parts are intermediate features: shards add partial sums. Raises ConfigurationError (format, gate) and
+    PlacementError (parts that do not cover the features, memory that cannot be had).
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        format: WeightFormat,
+        gate: Gate,
+        parts: Sequence[Part],
+        has_bias: bool,
+        owner: str,
+    ) -> None:
+        self.runtime = runtime
+        self._weights = _native.ExpertsWeights(
+            runtime.native,
+            _native.ExpertsShape(experts, hidden, intermediate, has_bias),
+            format.native(),
+            _native.Gate(gate.kind, gate.alpha, gate.limit),
+            _native_parts(parts),
+            owner,
+        )
+
+    def load_experts(
+        self,
+        gate: Sequence[Matrix] = (),
+        up: Sequence[Matrix] = (),
+        down: Sequence[Matrix] = (),
+        *,
+        first_expert: int = 0,
+    ) -> None:
+        """Packs one matrix per expert from `first_expert` on with all threads; a piece may be left out.
+
+        Raises WeightError, with nothing changed, naming every matrix of another shape or that came before.
+        """
+        self._weights.load(
+            [matrix.view() for matrix in gate],
+            [matrix.view() for matrix in up],
+            [matrix.view() for matrix in down],
+            first_expert,
+        )
+
+    def load_gate(self, expert: int, matrix: Matrix) -> None:
+        self.load_experts(gate=[matrix], first_expert=expert)
+
+    def load_up(self, expert: int, matrix: Matrix) -> None:
+        self.load_experts(up=[matrix], first_expert=expert)
+
+    def load_down(self, expert: int, matrix: Matrix) -> None:
+        self.load_experts(down=[matrix], first_expert=expert)
+
+    def load_gate_bias(self, expert: int, matrix: Matrix) -> None:
+        self._weights.load_bias("gate", expert, matrix.view())
+
+    def load_up_bias(self, expert: int, matrix: Matrix) -> None:
+        self._weights.load_bias("up", expert, matrix.view())
+
+    def load_down_bias(self, expert: int, matrix: Matrix) -> None:
+        self._weights.load_bias("down", expert, matrix.view())
+
+    def missing(self) -> list[str]:
+        """What `load_*` has not got yet."""
+        return self._weights.missing()
+
+    def forward(self, x: Matrix, ids: Matrix, weights: Matrix, out: Matrix) -> None:
+        """out [T, hidden] = for each token the sum over its slots of weight * expert(x); ids int64 and weights [T, k].
+
+        An id equal to the number of experts skips its slot. Raises IndexError naming tokens and ids beyond it, and
+        WeightError for other shapes or missing weights, before anything is computed.
+        """
+        if ids.dtype != "i64":
+            raise WeightError(f"expert ids are {ids.dtype}, expected i64")
+        chosen = _native.ExpertIds(ids.address, ids.rows, ids.columns, ids.row_stride, ids.column_stride)
+        self._weights.forward(x.view(), chosen, weights.view(), out.view())
+
+    def unpack_gate(self, expert: int, out: Matrix, *, replica: int = 0) -> None:
+        """The dequantised gate [intermediate, hidden] of one expert: what the packed bytes mean."""
+        self._weights.unpack("gate", expert, out.view(), replica)
+
+    def unpack_up(self, expert: int, out: Matrix, *, replica: int = 0) -> None:
+        self._weights.unpack("up", expert, out.view(), replica)
+
+    def unpack_down(self, expert: int, out: Matrix, *, replica: int = 0) -> None:
+        self._weights.unpack("down", expert, out.view(), replica)
+
+    def buffers(self) -> list[PlacedBuffer]:
+        """One per part that holds features."""
+        return [PlacedBuffer.of(buffer) for buffer in self._weights.buffers() if buffer.bytes]
+
+    @property
+    def packed_bytes(self) -> int:
+        return self._weights.packed_bytes
+
+    @property
+    def isa(self) -> str:
+        """The kernel row that packs and computes."""
+        return self._weights.isa
+
+    def stats(self) -> OperatorStats:
+        return OperatorStats.of(self._weights.stats())
+
+
+def experts_packed_bytes(
+    experts: int, hidden: int, intermediate: int, format: WeightFormat, has_bias: bool, parts: Sequence[Part]
+) -> list[int]:
+    """Bytes of each part, before rounding to pages; needs no runtime."""
+    shape = _native.ExpertsShape(experts, hidden, intermediate, has_bias)
+    native = format.native()
+    return [_native.experts_packed_bytes(shape, native, part) for part in _native_parts(parts)]

@@ -1,0 +1,395 @@
+// The forward of the experts; experts_weights.cpp loads them.
+#include "ops/experts.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <deque>
+
+#include "system/error.h"
+
+namespace numagraft {
+namespace {
+
+constexpr std::int64_t kSelfPreparedTokens = 2;   // up to here every worker prepares all tokens itself: cheaper than a barrier
+constexpr std::int64_t kSplitReplicaTokens = 64;  // from here replicas split the tokens instead of the columns
+constexpr std::int64_t kFewRows = 4;              // experts with no more rows wait for memory: work is split by bytes
+constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
+constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
+constexpr std::int64_t kMostGatheredRows = 256;
+constexpr std::int64_t kResultBytes = 128 << 10;  // of one multiplication
+constexpr std::int64_t kSumBytes = 1 << 20;       // fp32 sums that stay in L2 while a worker goes over the experts
+constexpr std::int64_t kSlabTokens = 2048;
+
+std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+std::string shape_of(std::int64_t rows, std::int64_t columns) { return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]"; }
+
+// Rounding the inputs costs gate and up about the same, so their product 1.4 times as much.
+float input_error(const WeightFormat& format) { return format.activations == Activations::bf16 ? 0.0f : 0.0090f; }
+float inner_error(const WeightFormat& format) { return format.activations == Activations::bf16 ? 0.0f : 0.0100f; }
+
+}  // namespace
+
+// What one team computes of a slab: all tokens, or those of its replica.
+struct ExpertsWeights::Work {
+  int shard = 0;
+  Range tokens;  // within the slab
+  const Routing* routing = nullptr;
+  std::vector<RowSet> inner_rows;          // by expert of the routing
+  std::vector<std::size_t> inner_offsets;  // of their prepared rows
+  std::shared_ptr<Runtime::SharedScratch> lease;
+  std::uint16_t* inner = nullptr;          // [pair][frame] bf16
+  std::byte* prepared = nullptr;
+  float* partial = nullptr;                // [token][hidden], when shards are to be added
+  std::shared_ptr<Runtime::SharedScratch> partial_lease;
+  std::vector<std::pair<std::size_t, Range>> items;  // expert of the routing, pairs of panels
+  std::atomic<std::size_t> next_item{0};
+};
+
+struct ExpertsWeights::Call {
+  MatrixView x;
+  MatrixView out;
+  Range tokens;  // of the slab
+  bool split_replicas = false;
+  bool self_prepared = false;
+  std::deque<Routing> routings;
+  std::deque<Work> works;
+  std::vector<std::vector<Work*>> works_of_shard;
+  std::vector<std::shared_ptr<Runtime::SharedScratch>> inputs;  // by node
+};
+
+// A worker at one of its works.
+struct ExpertsWeights::Seat {
+  Role role;
+  Work* work = nullptr;
+  int rank = 0;
+  int size = 0;
+  std::byte* inputs = nullptr;  // prepared tokens of the work
+  std::byte* gathered = nullptr;
+  std::int64_t gathered_rows = 0;
+  float* c = nullptr;
+  float* sums = nullptr;
+  std::vector<RowBlock> blocks;
+};
+
+void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const MatrixView& weights, const MatrixView& out) {
+  if (x.columns != shape_.hidden || out.columns != shape_.hidden || x.rows != out.rows || ids.tokens != x.rows || weights.rows != x.rows ||
+      weights.columns != ids.slots) {
+    throw WeightFailure(owner_ + ": found input " + shape_of(x.rows, x.columns) + ", ids " + shape_of(ids.tokens, ids.slots) + ", weights " +
+                            shape_of(weights.rows, weights.columns) + ", output " + shape_of(out.rows, out.columns) + "; expected [T, " +
+                            std::to_string(shape_.hidden) + "], [T, k], [T, k], [T, " + std::to_string(shape_.hidden) + "]",
+                        "");
+  }
+  if (out.column_stride != 1 && out.columns > 1) throw WeightFailure(owner_ + ": the output's columns must be contiguous", "");
+  if (missing_count_ > 0) throw WeightFailure(owner_ + ": computing with weights that never arrived: " + missing()[0], "load every weight first");
+  check_ids(ids, shape_.experts, owner_);
+  if (x.rows == 0) return;
+  const auto start = std::chrono::steady_clock::now();
+
+  for (std::int64_t first = 0; first < x.rows; first += kSlabTokens) {
+    Call call;
+    call.x = x;
+    call.out = out;
+    call.tokens = {first, std::min(first + kSlabTokens, x.rows)};
+    const std::int64_t tokens = call.tokens.end - call.tokens.begin;
+    call.split_replicas = tokens >= kSplitReplicaTokens;
+    call.self_prepared = tokens <= kSelfPreparedTokens;
+    const auto& shards = teams_.shards();
+    call.works_of_shard.resize(shards.size());
+    for (int node : teams_.nodes()) {
+      const Worker probe{node, 0, 1, 0, 1, 0, 1};
+      for (const Role& role : teams_.roles(probe)) {
+        const auto s = static_cast<std::size_t>(role.shard);
+        const int replica = call.split_replicas ? role.replica : 0;
+        if (static_cast<int>(call.works_of_shard[s].size()) > replica) continue;
+        Work& work = call.works.emplace_back();
+        call.works_of_shard[s].push_back(&work);
+        work.shard = role.shard;
+        work.tokens = call.split_replicas ? share(tokens, role.replica, role.replicas) : Range{0, tokens};
+        const Range absolute{first + work.tokens.begin, first + work.tokens.end};
+        for (std::size_t other = 0; other < s && work.routing == nullptr; ++other) {
+          for (const Work* same : call.works_of_shard[other]) {
+            if (same->tokens.begin == work.tokens.begin && same->tokens.end == work.tokens.end) work.routing = same->routing;
+          }
+        }
+        if (work.routing == nullptr) work.routing = &call.routings.emplace_back(route(ids, weights, absolute, shape_.experts));
+        const ExpertsPlace& place = places_[static_cast<std::size_t>(role.part)];
+        std::size_t bytes = whole_lines(static_cast<std::size_t>(work.routing->pairs() * place.frame) * 2);
+        const std::size_t prepared_at = bytes;
+        for (const Routing::Expert& expert : work.routing->experts) {
+          work.inner_rows.emplace_back(*kernels_, format_.kind, place.frame, expert.rows);
+          work.inner_offsets.push_back(bytes - prepared_at);
+          bytes += whole_lines(work.inner_rows.back().bytes());
+        }
+        work.lease = runtime_->shared_scratch(std::max<std::size_t>(bytes, 64), node);
+        work.inner = reinterpret_cast<std::uint16_t*>(work.lease->data);
+        work.prepared = work.lease->data + prepared_at;
+        for (std::size_t e = 0; e < work.inner_rows.size(); ++e) {
+          work.inner_rows[e].clear_flags(work.prepared + work.inner_offsets[e], 0, work.inner_rows[e].blocks());
+        }
+        if (shards.size() > 1) {
+          const std::int64_t own = work.tokens.end - work.tokens.begin;
+          work.partial_lease = runtime_->shared_scratch(std::max<std::size_t>(static_cast<std::size_t>(own * shape_.hidden) * sizeof(float), 64), node);
+          work.partial = reinterpret_cast<float*>(work.partial_lease->data);
+        }
+        if (work.routing->most_rows > kFewRows) {
+          const std::int64_t pairs = place.frame / kPanelColumns;
+          const auto active = static_cast<std::int64_t>(work.routing->experts.size());
+          const int size = call.split_replicas ? role.replica_size : role.size;
+          const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * size + active - 1) / active, 1, pairs);
+          for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {
+            for (std::int64_t piece = 0; piece < pieces; ++piece) {
+              work.items.push_back({e, Range{pairs * piece / pieces, pairs * (piece + 1) / pieces}});
+            }
+          }
+          // Large ones first, so that the last to finish are small.
+          std::stable_sort(work.items.begin(), work.items.end(), [&](const auto& a, const auto& b) {
+            return work.routing->experts[a.first].rows > work.routing->experts[b.first].rows;
+          });
+        }
+      }
+    }
+    if (!call.self_prepared) {
+      const RowSet rows(*kernels_, format_.kind, shape_.hidden, tokens, 1);
+      call.inputs.resize(runtime_->nodes().size());
+      for (int node : teams_.nodes()) {
+        auto& lease = call.inputs[static_cast<std::size_t>(node)];
+        lease = runtime_->shared_scratch(rows.bytes(), node);
+        rows.clear_flags(lease->data, 0, tokens);
+      }
+    }
+
+    const bool local = call.split_replicas ? teams_.single_node_replicas() : teams_.single_node_teams();
+    runtime_->run(teams_.nodes(), [&](const Worker& worker, Barriers& barriers) {
+      Reader reader(traffic_);
+      const auto meet = [&] { local ? barriers.node(worker) : barriers.all(worker); };
+      std::vector<Seat> seats;
+      std::size_t bytes = 0;
+      std::int64_t most_gathered = 0;
+      const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).bytes());
+      for (const Role& role : teams_.roles(worker)) {
+        Seat seat;
+        seat.role = role;
+        seat.work = call.works_of_shard[static_cast<std::size_t>(role.shard)][call.split_replicas ? static_cast<std::size_t>(role.replica) : 0];
+        seat.rank = call.split_replicas ? role.replica_rank : role.rank;
+        seat.size = call.split_replicas ? role.replica_size : role.size;
+        const std::int64_t fit = std::max<std::int64_t>(kGatheredBytes / block_bytes, 1) * kBlockRows;
+        seat.gathered_rows = std::min({fit, kMostGatheredRows, seat.work->routing->most_rows});
+        most_gathered = std::max(most_gathered, seat.gathered_rows);
+        seats.push_back(std::move(seat));
+      }
+      // Scratch: prepared tokens (few), gathered rows, products, sums.
+      const RowSet own_inputs(*kernels_, format_.kind, shape_.hidden, tokens, 1);
+      const std::size_t inputs_bytes = call.self_prepared ? whole_lines(own_inputs.bytes()) : 0;
+      const std::size_t gathered_bytes = whole_lines(RowSet(*kernels_, format_.kind, shape_.hidden, most_gathered).bytes());
+      const std::size_t row_bytes = whole_lines(static_cast<std::size_t>(shape_.hidden) * sizeof(float));
+      const std::size_t c_bytes = kResultBytes + static_cast<std::size_t>(2 * kMostGatheredRows * kPanelColumns) * sizeof(float);
+      const std::size_t sums_bytes = kSumBytes + static_cast<std::size_t>(tokens * kPanelColumns) * sizeof(float);
+      bytes = inputs_bytes + gathered_bytes + row_bytes + c_bytes + sums_bytes;
+      std::byte* scratch = runtime_->scratch(worker, bytes);
+      for (Seat& seat : seats) {
+        seat.inputs = call.self_prepared ? scratch : call.inputs[static_cast<std::size_t>(worker.node)]->data;
+        seat.gathered = scratch + inputs_bytes;
+        seat.c = reinterpret_cast<float*>(scratch + inputs_bytes + gathered_bytes + row_bytes);
+        seat.sums = reinterpret_cast<float*>(scratch + inputs_bytes + gathered_bytes + row_bytes + c_bytes);
+      }
+      if (call.self_prepared) own_inputs.clear_flags(scratch, 0, tokens);
+      prepare_inputs(call, worker, seats, scratch + inputs_bytes + gathered_bytes);
+      if (!call.self_prepared) barriers.node(worker);
+      for (Seat& seat : seats) gate_and_up(call, seat, reader);
+      meet();
+      for (const Seat& seat : seats) prepare_inner(seat);
+      meet();
+      for (Seat& seat : seats) multiply_down(call, seat, reader);
+      if (shards.size() > 1) {
+        barriers.all(worker);
+        add_shards(call, worker);
+      }
+    });
+  }
+  traffic_.add_call(std::chrono::steady_clock::now() - start);
+}
+
+void ExpertsWeights::prepare_inputs(const Call& call, const Worker& worker, const std::vector<Seat>& seats, std::byte* row) const {
+  const std::int64_t tokens = call.tokens.end - call.tokens.begin;
+  const RowSet rows(*kernels_, format_.kind, shape_.hidden, tokens, 1);
+  // A node with one work needs that work's tokens only.
+  Range needed = seats.size() == 1 ? seats[0].work->tokens : Range{0, tokens};
+  if (!call.self_prepared) {
+    const Range mine = share(needed.end - needed.begin, worker.rank_in_node, worker.workers_in_node);
+    needed = {needed.begin + mine.begin, needed.begin + mine.end};
+  }
+  for (std::int64_t token = needed.begin; token < needed.end; ++token) {
+    const std::int64_t at = call.tokens.begin + token;
+    const void* x = static_cast<const std::byte*>(call.x.data) + at * call.x.row_stride * (call.x.dtype == DType::f32 ? 4 : 2);
+    DType dtype = call.x.dtype;
+    if (call.x.column_stride != 1) {
+      for (std::int64_t k = 0; k < shape_.hidden; ++k) reinterpret_cast<float*>(row)[k] = load_element(call.x, at, k);
+      x = row;
+      dtype = DType::f32;
+    }
+    rows.prepare(seats[0].inputs, token, x, dtype, input_error(format_));
+  }
+}
+
+void ExpertsWeights::gate_and_up(const Call& call, Seat& seat, Reader& reader) const {
+  Work& work = *seat.work;
+  if (!work.items.empty()) {
+    for (;;) {
+      const std::size_t item = work.next_item.fetch_add(1, std::memory_order_relaxed);
+      if (item >= work.items.size()) return;
+      gate_and_up_of(call, seat, work.items[item].first, work.items[item].second, reader);
+    }
+  }
+  const std::int64_t pairs = places_[static_cast<std::size_t>(seat.role.part)].frame / kPanelColumns;
+  const auto experts = static_cast<std::int64_t>(work.routing->experts.size());
+  const Range mine = share(experts * pairs, seat.rank, seat.size);
+  for (std::int64_t at = mine.begin; at < mine.end;) {
+    const std::int64_t expert = at / pairs;
+    const std::int64_t end = std::min(mine.end, (expert + 1) * pairs);
+    gate_and_up_of(call, seat, static_cast<std::size_t>(expert), Range{at - expert * pairs, end - expert * pairs}, reader);
+    at = end;
+  }
+}
+
+void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t expert, Range pairs, Reader& reader) const {
+  const Work& work = *seat.work;
+  const Routing::Expert& chosen = work.routing->experts[expert];
+  const PackedMatrix weights = gate_up(seat.role.part, chosen.id);
+  const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
+  const std::int64_t tokens = call.tokens.end - call.tokens.begin;
+  const RowSet inputs(*kernels_, format_.kind, shape_.hidden, tokens, 1);
+  for (std::int64_t first = 0; first < chosen.rows; first += seat.gathered_rows) {
+    const std::int64_t rows = std::min(seat.gathered_rows, chosen.rows - first);
+    const RowSet gathered(*kernels_, format_.kind, shape_.hidden, rows);
+    seat.blocks.clear();
+    if (rows == 1) {
+      seat.blocks.push_back(inputs.block(seat.inputs, work.tokens.begin + work.routing->tokens[static_cast<std::size_t>(chosen.first + first)]));
+    } else {
+      gathered.clear_flags(seat.gathered, 0, gathered.blocks());
+      for (std::int64_t row = 0; row < rows; ++row) {
+        const std::int64_t token = work.tokens.begin + work.routing->tokens[static_cast<std::size_t>(chosen.first + first + row)];
+        gathered.copy(seat.gathered, row, inputs, seat.inputs, token);
+      }
+      for (std::int64_t b = 0; b < gathered.blocks(); ++b) seat.blocks.push_back(gathered.block(seat.gathered, b));
+    }
+    const std::int64_t panel_stride = rows * kPanelColumns;
+    const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (2 * panel_stride * 4), 1, pairs.end - pairs.begin);
+    for (std::int64_t pair = pairs.begin; pair < pairs.end; pair += together) {
+      const std::int64_t count = std::min(together, pairs.end - pair);
+      multiply_panels(*kernels_, weights, 2 * pair, 2 * count, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()), seat.c, panel_stride);
+      for (std::int64_t i = 0; i < count; ++i) {
+        GateArgs args{};
+        args.gate = seat.c + 2 * i * panel_stride;
+        args.up = args.gate + panel_stride;
+        args.gate_bias = weights.bias(2 * (pair + i));
+        args.up_bias = weights.bias(2 * (pair + i) + 1);
+        args.rows = rows;
+        args.kind = gate_;
+        args.inner = work.inner + (chosen.first + first) * place.frame + (pair + i) * kPanelColumns;
+        args.row_stride = place.frame;
+        kernels_->gate(args);
+      }
+    }
+    const auto base = static_cast<std::size_t>(chosen.id) * place.stride;
+    reader.read(buffers_[static_cast<std::size_t>(seat.role.part)], base + weights.panel_offset(2 * pairs.begin), base + weights.panel_offset(2 * pairs.end));
+  }
+}
+
+void ExpertsWeights::prepare_inner(const Seat& seat) const {
+  const Work& work = *seat.work;
+  const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
+  const Range mine = share(work.routing->pairs(), seat.rank, seat.size);
+  std::size_t expert = 0;
+  for (std::int64_t pair = mine.begin; pair < mine.end; ++pair) {
+    while (pair >= work.routing->experts[expert].first + work.routing->experts[expert].rows) ++expert;
+    work.inner_rows[expert].prepare(work.prepared + work.inner_offsets[expert], pair - work.routing->experts[expert].first,
+                                    work.inner + pair * place.frame, DType::bf16, inner_error(format_));
+  }
+}
+
+void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Reader& reader) const {
+  const Work& work = *seat.work;
+  const std::int64_t tokens = work.tokens.end - work.tokens.begin;
+  if (tokens == 0) return;
+  const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
+  const Range mine = share(place.down.layout.panels, seat.rank, seat.size);
+  const std::int64_t chunk = std::max<std::int64_t>(kSumBytes / (tokens * kPanelColumns * 4), 1);
+  const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, place.frame, kBlockRows).bytes());
+  const std::int64_t blocks_together = std::clamp<std::int64_t>(kGatheredBytes / block_bytes, 1, kMostGatheredRows / kBlockRows);
+  for (std::int64_t first = mine.begin; first < mine.end; first += chunk) {
+    const std::int64_t panels = std::min(chunk, mine.end - first);
+    const std::int64_t width = panels * kPanelColumns;
+    std::memset(seat.sums, 0, static_cast<std::size_t>(tokens * width) * sizeof(float));
+    for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {
+      const Routing::Expert& chosen = work.routing->experts[e];
+      const PackedMatrix weights = down(seat.role.part, chosen.id);
+      const RowSet& rows = work.inner_rows[e];
+      for (std::int64_t block = 0; block < rows.blocks(); block += blocks_together) {
+        seat.blocks.clear();
+        std::int64_t count = 0;
+        for (std::int64_t b = block; b < std::min(block + blocks_together, rows.blocks()); ++b) {
+          seat.blocks.push_back(rows.block(work.prepared + work.inner_offsets[e], b));
+          count += seat.blocks.back().rows;
+        }
+        const std::int64_t panel_stride = count * kPanelColumns;
+        const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (panel_stride * 4), 1, panels);
+        for (std::int64_t panel = 0; panel < panels; panel += together) {
+          const std::int64_t now = std::min(together, panels - panel);
+          multiply_panels(*kernels_, weights, first + panel, now, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()), seat.c, panel_stride);
+          for (std::int64_t i = 0; i < now; ++i) {
+            AccumulateArgs args{};
+            args.c = seat.c + i * panel_stride;
+            args.bias = seat.role.shard == 0 ? weights.bias(first + panel + i) : nullptr;  // once, not per shard
+            args.rows = count;
+            args.index = work.routing->tokens.data() + chosen.first + block * kBlockRows;
+            args.weight = work.routing->weights.data() + chosen.first + block * kBlockRows;
+            args.acc = seat.sums + (panel + i) * kPanelColumns;
+            args.acc_stride = width;
+            kernels_->accumulate(args);
+          }
+        }
+      }
+      const auto base = static_cast<std::size_t>(chosen.id) * place.stride;
+      reader.read(buffers_[static_cast<std::size_t>(seat.role.part)], base + weights.panel_offset(first), base + weights.panel_offset(first + panels));
+    }
+    const std::int64_t columns = std::min(width, shape_.hidden - first * kPanelColumns);
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      const float* sums = seat.sums + token * width;
+      if (work.partial != nullptr) {
+        std::memcpy(work.partial + token * shape_.hidden + first * kPanelColumns, sums, static_cast<std::size_t>(columns) * sizeof(float));
+        continue;
+      }
+      ReduceArgs args{};
+      args.sources = &sums;
+      args.count = 1;
+      args.columns = columns;
+      args.dtype = call.out.dtype;
+      args.out = static_cast<std::byte*>(const_cast<void*>(call.out.data)) +
+                 ((call.tokens.begin + work.tokens.begin + token) * call.out.row_stride + first * kPanelColumns) * (call.out.dtype == DType::f32 ? 4 : 2);
+      kernels_->reduce(args);
+    }
+  }
+}
+
+void ExpertsWeights::add_shards(const Call& call, const Worker& worker) const {
+  const Range mine = share(call.tokens.end - call.tokens.begin, worker.rank, worker.workers);
+  std::vector<const float*> sources(call.works_of_shard.size());
+  for (std::int64_t token = mine.begin; token < mine.end; ++token) {
+    for (std::size_t s = 0; s < sources.size(); ++s) {
+      for (const Work* work : call.works_of_shard[s]) {
+        if (token >= work->tokens.begin && token < work->tokens.end) sources[s] = work->partial + (token - work->tokens.begin) * shape_.hidden;
+      }
+    }
+    ReduceArgs args{};
+    args.sources = sources.data();
+    args.count = static_cast<int>(sources.size());
+    args.columns = shape_.hidden;
+    args.dtype = call.out.dtype;
+    args.out = static_cast<std::byte*>(const_cast<void*>(call.out.data)) + (call.tokens.begin + token) * call.out.row_stride * (call.out.dtype == DType::f32 ? 4 : 2);
+    kernels_->reduce(args);
+  }
+}
+
+}  // namespace numagraft
