@@ -124,12 +124,9 @@ void RowSet::copy(std::byte* base, std::int64_t row, const RowSet& source, std::
     auto* flags = reinterpret_cast<std::uint8_t*>(at + to.flags);
     for (std::size_t unit = 0; unit < units; ++unit) {
       if (!(source_flags[unit] & source_bit)) continue;
-      const std::size_t tile_first = in_block / 16 * 16;
-      if (!(flags[unit] & bit)) {
-        const std::size_t tile_rows = stride - tile_first < 16 ? stride - tile_first : 16;
-        std::memset(at + to.high + (unit * stride + tile_first) * unit_bytes, 0, tile_rows * unit_bytes);
-        flags[unit] |= bit;
-      }
+      // A flag of either tile makes kernels read the high half of every row.
+      if (flags[unit] == 0) std::memset(at + to.high + unit * stride * unit_bytes, 0, stride * unit_bytes);
+      flags[unit] |= bit;
       std::memcpy(at + to.high + (unit * stride + in_block) * unit_bytes,
                   source_at + from.high + (unit * source_stride + in_source) * unit_bytes, unit_bytes);
     }
