@@ -259,6 +259,7 @@ class Load:
         for operator in self.grafts.operators.values():
             operator.finish()
         if self.checkpoint is not None:
+            self.checkpoint.drop_pages()
             self.residue_bytes = self.checkpoint.page_cache_residue()
         return self._seal(model, doubled)
 

@@ -13,12 +13,16 @@ from numagraft.errors import CheckpointError
 
 #: Linux reads at most this much per call
 _MOST_PER_READ = 1 << 30
+#: how much may gather in the page cache before it is dropped
+_DROP_EVERY = 64 << 20
 
 
 class UncachedFile:
-    """A read-only file: `pread` into memory of the caller, then `posix_fadvise(DONTNEED)` for what was read.
+    """A read-only file: `pread` into memory of the caller, and `posix_fadvise(DONTNEED)` every 64 MiB.
 
-    A mapped file would count as resident until it is closed, and the page cache would hold a second copy of the model.
+    A mapped file would count as resident until it is closed, and the page cache would hold a second copy of the model. The
+    whole file is dropped each time: file systems cache in folios of up to megabytes, and a range drops only those that lie
+    in it as a whole.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +34,7 @@ class UncachedFile:
                 f"{path} cannot be opened: {error.strerror}; check that the file exists and may be read"
             ) from error
         self.size = os.fstat(self._descriptor).st_size
+        self._undropped = 0
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fills `memory` (bytes) from `offset`; raises CheckpointError where the file ends early."""
@@ -50,7 +55,15 @@ class UncachedFile:
                     "the file is truncated; copy or download it again"
                 )
             done += count
-        os.posix_fadvise(self._descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
+        self._undropped += done
+        if self._undropped >= _DROP_EVERY:
+            self.drop()
+
+    def drop(self) -> None:
+        """Asks the kernel to forget the file's pages; those that are dirty, or mapped by others, stay."""
+        if self._descriptor is not None:
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._undropped = 0
 
     def read_tensor(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
         """Fills a contiguous CPU tensor with the bytes at `offset`."""
@@ -78,6 +91,6 @@ class UncachedFile:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.drop()
             os.close(self._descriptor)
             self._descriptor = None

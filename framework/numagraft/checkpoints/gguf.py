@@ -280,6 +280,9 @@ class GgufCheckpoint(Checkpoint):
     def _process(processor: object, stored_name: str) -> Process:
         return lambda weights: processor.process(weights=weights, name=stored_name).weights
 
+    def drop_pages(self) -> None:
+        self._file.drop()
+
     def page_cache_residue(self) -> int | None:
         return self._file.cached_bytes()
 

@@ -129,6 +129,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """The generation settings that ship with it, if any."""
         return None
 
+    def drop_pages(self) -> None:
+        """Asks the kernel to forget the pages of its files."""
+
     def page_cache_residue(self) -> int | None:
         """Bytes of its files that are in the page cache now; None when the kernel does not tell."""
         return 0

@@ -184,6 +184,10 @@ class SafetensorsCheckpoint(Checkpoint):
             return None
         return GenerationConfig.from_pretrained(self.directory, local_files_only=True)
 
+    def drop_pages(self) -> None:
+        for file in self._files:
+            file.drop()
+
     def page_cache_residue(self) -> int | None:
         counts = [file.cached_bytes() for file in self._files]
         return None if None in counts else sum(counts)
