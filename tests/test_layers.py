@@ -23,7 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rulefile", "presets", "params"}),
     frozenset({"roles", "matching"}),
     frozenset({"planning", "plans"}),
-    frozenset({"checkpoints", "skeleton", "crossings", "injection", "preflight", "progress", "tied", "guards", "stats"}),
+    frozenset(
+        {"checkpoints", "skeleton", "crossings", "injection", "preflight", "progress", "tied", "guards", "stats"}
+    ),
     frozenset({"loading", "quantizer"}),
     frozenset({"api"}),
     frozenset({"cli"}),

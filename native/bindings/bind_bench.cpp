@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bench/chase.h"
 #include "bench/fork_join.h"
 #include "bench/peaks.h"
 #include "bench/stream.h"
@@ -63,6 +64,18 @@ void bind_bench(py::module_& m) {
   m.def("bench_peaks", &list_peaks);
   m.def("bench_multiply_peak", &multiply_peak, py::arg("runtime"), py::arg("nodes"), py::arg("name"), py::kw_only(),
         py::arg("seconds"), py::arg("repetitions"));
+  m.def(
+      "bench_make_chase",
+      [](Runtime& runtime, int node, std::uintptr_t address, std::size_t bytes) {
+        make_chase(runtime, node, reinterpret_cast<std::byte*>(address), bytes);
+      },
+      py::arg("runtime"), py::arg("node"), py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "bench_run_chase",
+      [](Runtime& runtime, int node, std::uintptr_t address, std::int64_t steps) {
+        return run_chase(runtime, node, reinterpret_cast<const std::byte*>(address), steps);
+      },
+      py::arg("runtime"), py::arg("node"), py::arg("address"), py::arg("steps"), py::call_guard<py::gil_scoped_release>());
   m.def("bench_fork_join", &fork_join, py::arg("runtime"), py::arg("nodes"), py::kw_only(), py::arg("barriers"),
         py::arg("repetitions"));
 }

@@ -64,7 +64,8 @@ double time_calls(Runtime& runtime, const std::vector<int>& nodes, int calls, in
 }
 
 // Every worker counts to the same sums through barriers; the result is wrong if a barrier lets anyone through early.
-bool barriers_hold(Runtime& runtime, const std::vector<int>& nodes, int rounds) {
+// `leave_out` leaves the barriers out: the control that shows what they are for.
+bool barriers_hold(Runtime& runtime, const std::vector<int>& nodes, int rounds, bool leave_out) {
   const std::vector<int> on = nodes;
   std::vector<std::int64_t> cells(static_cast<std::size_t>(runtime.threads_on(on)) * 8, 0);  // plain memory: a race here is the barrier's fault
   std::atomic<bool> held{true};
@@ -72,18 +73,18 @@ bool barriers_hold(Runtime& runtime, const std::vector<int>& nodes, int rounds) 
     const auto mine = static_cast<std::size_t>(worker.rank) * 8;
     for (int round = 1; round <= rounds; ++round) {
       cells[mine] = round;
-      barriers.all(worker);
+      if (!leave_out) barriers.all(worker);
       for (int other = 0; other < worker.workers; ++other) {
         if (cells[static_cast<std::size_t>(other) * 8] != round) held = false;
       }
-      barriers.all(worker);
+      if (!leave_out) barriers.all(worker);
       cells[mine + 1] = round;
-      barriers.node(worker);
+      if (!leave_out) barriers.node(worker);
       const int first = worker.rank - worker.rank_in_node;
       for (int other = first; other < first + worker.workers_in_node; ++other) {
         if (cells[static_cast<std::size_t>(other) * 8 + 1] != round) held = false;
       }
-      barriers.node(worker);
+      if (!leave_out) barriers.node(worker);
     }
   });
   return held;
@@ -155,6 +156,12 @@ void bind_runtime(py::module_& m) {
       .def("node_at", [](const Buffer& buffer, std::size_t offset) { return buffer.residency->node_at(offset); })
       .def("remote_bytes", [](const Buffer& buffer, std::size_t begin, std::size_t end, int os_node) { return buffer.residency->remote_bytes(begin, end, os_node); });
 
+  py::class_<Residency, std::shared_ptr<Residency>>(m, "Residency")
+      .def(py::init())
+      .def("store", [](Residency& residency, const std::vector<std::int16_t>& nodes, std::size_t page_bytes) { residency.store(nodes, page_bytes); })
+      .def("node_at", &Residency::node_at)
+      .def("remote_bytes", &Residency::remote_bytes);
+
   py::class_<Memory::ArenaReport>(m, "ArenaReport")
       .def_readonly("address", &Memory::ArenaReport::address)
       .def_readonly("reserved_bytes", &Memory::ArenaReport::reserved_bytes)
@@ -183,13 +190,20 @@ void bind_runtime(py::module_& m) {
           py::arg("bytes"), py::arg("nodes"), py::arg("interleaved"), py::arg("owner"))
       .def("release", &Runtime::release, Released())
       .def(
-          "verify", [](Runtime& runtime, std::uintptr_t address, std::size_t bytes) { return runtime.verify(reinterpret_cast<const std::byte*>(address), bytes); },
-          py::arg("address"), py::arg("bytes"), Released())
+          "verify",
+          [](Runtime& runtime, const std::vector<std::pair<std::uintptr_t, std::size_t>>& buffers) {
+            const py::gil_scoped_release release;
+            std::vector<sys::PageRange> ranges;
+            for (const auto& [address, bytes] : buffers) ranges.push_back({address, address + bytes});
+            sys::PageQuery query = runtime.verify(ranges);
+            return std::make_pair(std::move(query.counts), query.asked);
+          },
+          py::arg("buffers"))
       .def("memory_report", &Runtime::memory_report)
       .def("observe_workers", &observe_workers, py::arg("nodes"), Released())
       .def("time_calls", &time_calls, py::arg("nodes"), py::arg("calls"), py::arg("all_barriers") = 0, py::arg("node_barriers") = 0, Released())
       // test seams
-      .def("barriers_hold", &barriers_hold, py::arg("nodes"), py::arg("rounds"), Released())
+      .def("barriers_hold", &barriers_hold, py::arg("nodes"), py::arg("rounds"), py::arg("leave_out") = false, Released())
       .def("fail_in_worker", &fail_in_worker, py::arg("nodes"), py::arg("rank"), py::arg("message"), Released())
       .def("keep_busy", &keep_busy, py::arg("nodes"), py::arg("seconds"), Released())
       .def("scratch_of_workers", &scratch_of_workers, py::arg("nodes"), py::arg("bytes"))

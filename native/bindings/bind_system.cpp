@@ -1,7 +1,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings/bind.h"
 #include "system/free_memory.h"
@@ -24,16 +27,30 @@ void bind_system(py::module_& m) {
       "query_pages",
       [](std::uintptr_t address, std::size_t bytes) {
         const py::gil_scoped_release release;
-        return sys::count_pages(reinterpret_cast<const void*>(address), bytes);
+        const sys::PageRange range{address, address + bytes};
+        return sys::query_ranges({&range, 1}, false).counts.front();
       },
       py::arg("address"), py::arg("bytes"));
   m.def(
       "query_page_sizes",
-      [](std::uintptr_t address, std::size_t bytes) {
+      [](const std::vector<std::pair<std::uintptr_t, std::size_t>>& ranges) {
         const py::gil_scoped_release release;
-        return sys::count_page_sizes(address, address + bytes);
+        const auto mappings = sys::read_mappings();
+        std::vector<std::map<std::size_t, std::int64_t>> sizes;
+        for (const auto& [address, bytes] : ranges) sizes.push_back(sys::count_page_sizes(mappings, address, address + bytes));
+        return sizes;
       },
-      py::arg("address"), py::arg("bytes"));
+      py::arg("ranges"));
+  m.def(
+      "count_in_numa_maps",
+      [](const std::string& numa_maps, const std::string& maps, std::uintptr_t begin, std::uintptr_t end) {
+        return sys::NumaMaps(numa_maps, sys::parse_smaps(maps), 4096).count({begin, end});
+      },
+      py::arg("numa_maps"), py::arg("maps"), py::arg("begin"), py::arg("end"));
+  m.def(
+      "page_sizes_in_smaps",
+      [](const std::string& smaps, std::uintptr_t begin, std::uintptr_t end) { return sys::count_page_sizes(sys::parse_smaps(smaps), begin, end); },
+      py::arg("smaps"), py::arg("begin"), py::arg("end"));
   m.def("probe_calls", [] {
     const py::gil_scoped_release release;
     return sys::probe_calls();
@@ -53,6 +70,7 @@ void bind_system(py::module_& m) {
       },
       py::arg("root") = "/");
   m.def("set_fault", &sys::set_fault, py::arg("call"), py::arg("error"), py::arg("after") = 0);
+  m.def("plant_available", &sys::plant_available, py::arg("bytes"), py::arg("after") = 0);
   m.def("current_node", &sys::current_node);
 }
 

@@ -121,6 +121,8 @@ void Arena::map(std::size_t bytes, std::size_t preferred_bytes) {
       // numa_maps tells mappings apart and nothing finer.
       error = sys::map_anonymous(size + 2 * unit, PROT_NONE, MAP_NORESERVE, mapped_);
       if (error == 0) {
+        // Under mlockall(MCL_FUTURE) the kernel would fill the whole reservation, before it has a policy.
+        sys::unlock(mapped_, size + 2 * unit);
         mapped_bytes_ = size + 2 * unit;
         bytes_ = size;
         data_ = mapped_ + (round_up(reinterpret_cast<std::uintptr_t>(mapped_) + 1, unit) - reinterpret_cast<std::uintptr_t>(mapped_));

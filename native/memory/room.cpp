@@ -1,6 +1,8 @@
 #include "memory/room.h"
 
 #include <algorithm>
+#include <chrono>
+#include <limits>
 #include <mutex>
 #include <optional>
 
@@ -51,12 +53,17 @@ void check_huge_pages(const Need& need, const std::string& owner, const Claims& 
   }
 }
 
-void check_nodes(const Need& need, const std::string& owner, const Claims& outstanding) {
+// What is left of each node beyond the need and the outstanding claims.
+std::map<int, std::int64_t> check_nodes(const Need& need, const std::string& owner, const Claims& outstanding) {
   std::map<int, std::int64_t> available;
   if (need.per_node.begin()->first >= 0) {
     available = sys::available_by_node();
   } else if (const auto total = sys::available_total()) {
     available[-1] = *total;
+  }
+  std::map<int, std::int64_t> beyond = available;
+  for (const auto& [claim, bytes] : outstanding) {
+    if (claim.second == 0 && beyond.contains(claim.first)) beyond[claim.first] -= static_cast<std::int64_t>(bytes);
   }
   for (const auto& [node, bytes] : need.per_node) {
     const auto left = available.find(node);
@@ -71,12 +78,14 @@ void check_nodes(const Need& need, const std::string& owner, const Claims& outst
       throw_full(owner, bytes, free, place_name(node),
                  "free memory there (numastat -m shows who has it), use a smaller format, or another placement: `shard` takes 1/N per node of what `mirror` takes");
     }
+    beyond[node] -= static_cast<std::int64_t>(bytes);
   }
+  return beyond;
 }
 
-void check_cgroup(const Need& need, const std::string& owner, const Claims& outstanding) {
+std::int64_t check_cgroup(const Need& need, const std::string& owner, const Claims& outstanding) {
   const auto limit = sys::tightest_cgroup_limit();
-  if (!limit) return;
+  if (!limit) return std::numeric_limits<std::int64_t>::max();
   std::size_t bytes = 0;
   for (const auto& [node, wanted] : need.per_node) bytes += wanted;
   for (const auto& [key, pending] : outstanding) bytes += key.second == 0 ? pending : 0;
@@ -84,18 +93,51 @@ void check_cgroup(const Need& need, const std::string& owner, const Claims& outs
     throw_full(owner, bytes, limit->left, "the memory cgroup (" + limit->file + " = " + format_bytes(static_cast<double>(limit->limit)) + ")",
                "raise the limit (docker run --memory, systemd MemoryMax, the pod's limits.memory), or use a smaller format");
   }
+  return limit->left - static_cast<std::int64_t>(bytes);
+}
+
+// What the last look found, less what was claimed since: while far more is left than is asked for, the next of ten thousand
+// small weights need not read /proc again. Guarded by fork_safe_mutex().
+struct LastLook {
+  std::chrono::steady_clock::time_point when{};
+  std::map<int, std::int64_t> left;  // by node; -1: the system
+  std::int64_t cgroup_left = 0;
+};
+constexpr std::chrono::milliseconds kLookLasts{500};
+constexpr std::int64_t kFarMore = std::int64_t{2} << 30;
+
+LastLook& last_look() {
+  static LastLook* const instance = new LastLook;
+  return *instance;
+}
+
+bool plenty_left(const Need& need) {
+  LastLook& look = last_look();
+  if (sys::availability_planted() || std::chrono::steady_clock::now() - look.when > kLookLasts) return false;
+  std::int64_t sum = 0;
+  for (const auto& [node, bytes] : need.per_node) {
+    const auto left = look.left.find(node);
+    if (left == look.left.end() || left->second - static_cast<std::int64_t>(bytes) < kFarMore) return false;
+    sum += static_cast<std::int64_t>(bytes);
+  }
+  if (look.cgroup_left - sum < kFarMore) return false;
+  for (const auto& [node, bytes] : need.per_node) look.left[node] -= static_cast<std::int64_t>(bytes);
+  look.cgroup_left -= sum;
+  return true;
 }
 
 void check_locked(const Need& need, const std::string& owner) {
   if (need.per_node.empty()) return;
-  const Claims none;
   const Claims& outstanding = claims();
   if (is_explicit(need.pages)) {
     check_huge_pages(need, owner, outstanding);
     return;  // hugetlb pages are set apart already, and a memory cgroup does not count them
   }
-  check_nodes(need, owner, outstanding);
-  check_cgroup(need, owner, outstanding);
+  if (plenty_left(need)) return;
+  LastLook& look = last_look();
+  look.left = check_nodes(need, owner, outstanding);
+  look.cgroup_left = check_cgroup(need, owner, outstanding);
+  look.when = std::chrono::steady_clock::now();
 }
 
 }  // namespace
@@ -121,10 +163,18 @@ void check_room(const Need& need, const std::string& owner) {
   check_locked(need, owner);
 }
 
-RoomClaim::RoomClaim(Need need, const std::string& owner) : need_(std::move(need)) {
+RoomClaim::RoomClaim(Need need, const std::string& owner) : need_(std::move(need)), owner_(owner) {
   const std::lock_guard lock(fork_safe_mutex());
   check_locked(need_, owner);
   for (const auto& [node, bytes] : need_.per_node) claims()[{node, claim_unit(need_.pages)}] += bytes;
+}
+
+void RoomClaim::check_again(double share) const {
+  if (is_explicit(need_.pages)) return;  // the kernel says so itself, and kills nobody
+  Need rest = need_;
+  for (auto& [node, bytes] : rest.per_node) bytes = static_cast<std::size_t>(static_cast<double>(bytes) * share);
+  check_nodes(rest, owner_ + " (while its memory was being filled)", Claims());
+  check_cgroup(rest, owner_ + " (while its memory was being filled)", Claims());
 }
 
 RoomClaim::~RoomClaim() {

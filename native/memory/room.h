@@ -30,8 +30,12 @@ class RoomClaim {
   RoomClaim(const RoomClaim&) = delete;
   RoomClaim& operator=(const RoomClaim&) = delete;
 
+  // Looks again whether `share` (0 to 1) of the claim still finds room: others may fill the node while it is being touched.
+  void check_again(double share) const;
+
  private:
   Need need_;
+  std::string owner_;
 };
 
 }  // namespace numagraft

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
 #include <cstring>
 #include <limits>
@@ -16,6 +17,11 @@
 
 namespace numagraft::sys {
 namespace {
+
+std::atomic<std::int64_t> planted_bytes{-1};
+std::atomic<int> planted_after{0};
+
+bool planted() { return planted_bytes.load() >= 0 && planted_after.fetch_sub(1) <= 0; }
 
 std::optional<std::int64_t> parse_number(std::string_view text) {
   const std::size_t first = text.find_first_not_of(" \t\n");
@@ -33,6 +39,11 @@ std::optional<std::int64_t> kib_field(const std::string& text, std::string_view 
   if (at == std::string::npos) return std::nullopt;
   const auto kib = parse_number(std::string_view(text).substr(at + name.size()));
   return kib ? std::optional(*kib * 1024) : std::nullopt;
+}
+
+std::optional<std::int64_t> meminfo_available() {
+  const auto text = read_file("/proc/meminfo");
+  return text ? kib_field(*text, "MemAvailable:") : std::nullopt;
 }
 
 std::string huge_page_folder(int node, std::size_t size) {
@@ -156,14 +167,21 @@ std::map<int, std::int64_t> available_by_node() {
   // one node the system's memory is the node's.
   if (available.size() == 1) {
     auto& only = available.begin()->second;
-    only = std::max(only, available_total().value_or(0));
+    only = std::max(only, meminfo_available().value_or(0));
+  }
+  if (planted()) {
+    for (auto& [node, bytes] : available) bytes = planted_bytes.load();
   }
   return available;
 }
 
-std::optional<std::int64_t> available_total() {
-  const auto text = read_file("/proc/meminfo");
-  return text ? kib_field(*text, "MemAvailable:") : std::nullopt;
+std::optional<std::int64_t> available_total() { return planted() ? planted_bytes.load() : meminfo_available(); }
+
+bool availability_planted() { return planted_bytes.load() >= 0; }
+
+void plant_available(std::int64_t bytes, int after) {
+  planted_after.store(after);
+  planted_bytes.store(bytes);
 }
 
 std::optional<CgroupLimit> tightest_cgroup_limit(const std::string& root) {

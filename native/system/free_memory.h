@@ -12,6 +12,9 @@ namespace numagraft::sys {
 // page cache and slab that reclaim can take, as the kernel computes MemAvailable. Empty where neither /proc/zoneinfo nor
 // /sys/devices/system/node can be read.
 std::map<int, std::int64_t> available_by_node();
+// The test seam: from the `after`-th look on, every node (and the system) has `bytes` available; negative ends it.
+void plant_available(std::int64_t bytes, int after = 0);
+bool availability_planted();
 std::map<int, std::int64_t> parse_zoneinfo(const std::string& text, std::int64_t page_bytes);
 
 std::optional<std::int64_t> available_total();  // MemAvailable of /proc/meminfo

@@ -1,9 +1,7 @@
 #include "system/page_query.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <sstream>
 #include <string_view>
 
 #include "system/free_memory.h"
@@ -12,154 +10,154 @@
 namespace numagraft::sys {
 namespace {
 
-constexpr std::size_t kChunk = 1 << 14;  // pages per move_pages call: 192 KiB of arguments
+constexpr std::size_t kChunk = 1 << 14;                       // pages per move_pages call: 192 KiB of arguments
+constexpr std::size_t kWorthSmaps = std::size_t{1} << 30;     // below, asking for every page is faster than reading smaps
+constexpr std::size_t kTransparent = std::size_t{2} << 20;
 
-std::uintptr_t address_of(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer); }
+// The nodes of the range's base pages, one question per `stride` bytes (a huge page lies on one node); false with the
+// errno when move_pages is refused.
+bool ask_pages(const PageRange& range, std::size_t stride, std::vector<std::int16_t>& nodes, std::int64_t& asked) {
+  const std::uintptr_t base = page_bytes();
+  nodes.clear();
+  nodes.reserve((range.end - range.begin + base - 1) / base);
+  std::vector<void*> pages;
+  std::vector<int> status;
+  std::uintptr_t at = range.begin;
+  std::uintptr_t answered = range.begin;
+  while (at < range.end) {
+    pages.clear();
+    for (; at < range.end && pages.size() < kChunk; at = (at / stride + 1) * stride) pages.push_back(reinterpret_cast<void*>(at));
+    status.assign(pages.size(), -1);
+    if (sys::query_pages(pages, status) != 0) return false;
+    asked += static_cast<std::int64_t>(pages.size());
+    for (int node : status) {
+      const std::uintptr_t next = std::min((answered / stride + 1) * stride, range.end);
+      for (; answered < next; answered += base) nodes.push_back(static_cast<std::int16_t>(node < 0 ? -1 : node));
+    }
+  }
+  return true;
+}
+
+// The largest step at which asking is still exact: every resident page of the range's mapping is huge.
+std::size_t stride_of(const PageRange& range, std::span<const Mapping> mappings) {
+  const auto after = std::upper_bound(mappings.begin(), mappings.end(), range.begin, [](std::uintptr_t at, const Mapping& mapping) { return at < mapping.begin; });
+  if (after == mappings.begin()) return page_bytes();
+  const Mapping& mapping = *std::prev(after);
+  if (range.end > mapping.end) return page_bytes();
+  if (mapping.kernel_page_bytes > page_bytes()) return mapping.kernel_page_bytes;
+  const bool all_huge = mapping.resident_bytes > 0 && mapping.transparent_bytes == mapping.resident_bytes;
+  return all_huge ? kTransparent : page_bytes();
+}
+
+PageCount count_of(std::span<const std::int16_t> nodes) {
+  PageCount count;
+  count.method = "move_pages";
+  count.page_bytes = page_bytes();
+  for (std::size_t i = 0; i < nodes.size();) {  // runs: a map look-up per page would cost more than the question
+    std::size_t last = i;
+    while (last < nodes.size() && nodes[last] == nodes[i]) ++last;
+    const auto pages = static_cast<std::int64_t>(last - i);
+    if (nodes[i] < 0) {
+      count.absent += pages;
+    } else {
+      count.per_node[nodes[i]] += pages;
+    }
+    i = last;
+  }
+  return count;
+}
 
 }  // namespace
 
-std::vector<std::int16_t> nodes_of_pages(const void* address, std::size_t bytes, std::size_t stride, int& error) {
-  const std::uintptr_t page = page_bytes();
-  const std::uintptr_t first = address_of(address) / page * page;
-  const std::uintptr_t end = address_of(address) + bytes;
+PageQuery query_ranges(std::span<const PageRange> asked_ranges, bool per_page) {
+  PageQuery query;
+  std::vector<PageRange> ranges;
+  std::size_t total = 0;
+  const std::uintptr_t base = page_bytes();
+  for (const PageRange& range : asked_ranges) {
+    ranges.push_back({range.begin / base * base, std::max(range.end, range.begin / base * base)});
+    total += ranges.back().end - ranges.back().begin;
+  }
+  std::vector<Mapping> mappings;
+  if (total >= kWorthSmaps) mappings = read_mappings();
+  std::optional<NumaMaps> maps;
+  bool refused = false;
   std::vector<std::int16_t> nodes;
-  nodes.reserve((end - first + stride - 1) / stride);
-  std::vector<void*> pages;
-  std::vector<int> status;
-  for (std::uintptr_t at = first; at < end;) {
-    pages.clear();
-    for (; at < end && pages.size() < kChunk; at += stride) pages.push_back(reinterpret_cast<void*>(at));
-    status.assign(pages.size(), -1);
-    error = query_pages(pages, status);
-    if (error != 0) return {};
-    for (int node : status) nodes.push_back(static_cast<std::int16_t>(node < 0 ? -1 : node));
-  }
-  return nodes;
-}
-
-PageCount count_pages(const void* address, std::size_t bytes) {
-  PageCount count;
-  count.page_bytes = page_bytes();
-  if (bytes == 0) {
-    count.method = "move_pages";
-    return count;
-  }
-  int error = 0;
-  const auto nodes = nodes_of_pages(address, bytes, count.page_bytes, error);
-  if (error == 0) {
-    count.method = "move_pages";
-    for (int node : nodes) node < 0 ? ++count.absent : ++count.per_node[node];
-    return count;
-  }
-  const std::uintptr_t begin = address_of(address);
-  const auto maps = read_file("/proc/self/numa_maps");
-  const auto mappings = maps ? read_mappings(begin, begin + bytes) : std::vector<Mapping>();
-  if (mappings.empty()) {
-    count.method = "unverifiable";
-    count.exact = false;
-    return count;
-  }
-  return parse_numa_maps(*maps, mappings, begin, begin + bytes);
-}
-
-std::vector<Mapping> parse_smaps(const std::string& text, std::uintptr_t begin, std::uintptr_t end) {
-  std::vector<Mapping> found;
-  Mapping* current = nullptr;
-  std::size_t at = 0;
-  while (at < text.size()) {
-    const std::size_t newline = std::min(text.find('\n', at), text.size());
-    const std::string_view line(text.data() + at, newline - at);
-    at = newline + 1;
-    const std::size_t name_end = line.find_first_of(" :-");
-    if (name_end != std::string_view::npos && line[name_end] == '-') {  // "7f00-7f10 rw-p ..." opens a mapping
-      char* rest = nullptr;
-      const std::uintptr_t from = std::strtoull(line.data(), &rest, 16);
-      const std::uintptr_t to = std::strtoull(rest + 1, nullptr, 16);
-      if (from >= end) break;  // sorted by address
-      current = nullptr;
-      if (to > begin) {
-        found.push_back({from, to, page_bytes(), 0, 0});
-        current = &found.back();
-      }
+  for (const PageRange& range : ranges) {
+    refused = refused || !ask_pages(range, stride_of(range, mappings), nodes, query.asked);
+    if (refused) {
+      if (!maps) maps = NumaMaps::read().value_or(NumaMaps("", {}, base));
+      query.counts.push_back(maps->count(range));
+      if (per_page) query.per_page.emplace_back();
       continue;
     }
-    if (current == nullptr) continue;
-    const auto kib = [&](std::string_view name) -> long {
-      return line.starts_with(name) ? std::strtol(line.data() + name.size(), nullptr, 10) : -1;
-    };
-    if (const long value = kib("KernelPageSize:"); value > 0) current->kernel_page_bytes = static_cast<std::size_t>(value) * 1024;
-    if (const long value = kib("Rss:"); value >= 0) current->resident_bytes += static_cast<std::size_t>(value) * 1024;
-    if (const long value = kib("AnonHugePages:"); value >= 0) current->transparent_bytes = static_cast<std::size_t>(value) * 1024;
-    // Explicit huge pages are not in Rss.
-    if (const long value = kib("Private_Hugetlb:"); value > 0) current->resident_bytes += static_cast<std::size_t>(value) * 1024;
-    if (const long value = kib("Shared_Hugetlb:"); value > 0) current->resident_bytes += static_cast<std::size_t>(value) * 1024;
+    query.counts.push_back(count_of(nodes));
+    if (per_page) query.per_page.push_back(std::move(nodes));
   }
-  return found;
+  return query;
 }
 
-std::vector<Mapping> read_mappings(std::uintptr_t begin, std::uintptr_t end) {
-  const auto text = read_file("/proc/self/smaps");
-  return text ? parse_smaps(*text, begin, end) : std::vector<Mapping>();
-}
-
-std::map<std::size_t, std::int64_t> count_page_sizes(std::uintptr_t begin, std::uintptr_t end) {
-  constexpr std::size_t kTransparent = std::size_t{2} << 20;
-  std::map<std::size_t, std::int64_t> sizes;
-  for (const Mapping& mapping : read_mappings(begin, end)) {
-    const auto overlap = static_cast<double>(std::min(end, mapping.end) - std::max(begin, mapping.begin));
-    // Of a mapping that reaches beyond the range only the whole is known; what is resident is spread over it evenly
-    // unless the overlap alone can hold it (an arena's untouched tail is not resident).
-    const double resident = std::min(overlap, static_cast<double>(mapping.resident_bytes));
-    const double share = mapping.resident_bytes == 0 ? 0.0 : resident / static_cast<double>(mapping.resident_bytes);
-    const auto transparent = static_cast<std::int64_t>(share * static_cast<double>(mapping.transparent_bytes));
-    if (transparent > 0) sizes[kTransparent] += transparent;
-    const auto rest = static_cast<std::int64_t>(resident) - transparent;
-    if (rest > 0) sizes[mapping.kernel_page_bytes] += rest;
+NumaMaps::NumaMaps(const std::string& numa_maps, std::vector<Mapping> mappings, std::size_t base_page) : mappings_(std::move(mappings)), base_page_(base_page) {
+  for (std::size_t at = 0; at < numa_maps.size();) {
+    const std::size_t newline = std::min(numa_maps.find('\n', at), numa_maps.size());
+    const std::string line = numa_maps.substr(at, newline - at);
+    at = newline + 1;
+    // "7f0000000000 bind:0 anon=512 dirty=512 N0=512 kernelpagesize_kB=4": counts are in pages of that size
+    char* rest = nullptr;
+    const std::uintptr_t begin = std::strtoull(line.c_str(), &rest, 16);
+    std::map<int, std::int64_t>& nodes = nodes_[begin];
+    std::int64_t unit = 1;
+    for (std::size_t space = line.find(' '); space != std::string::npos; space = line.find(' ', space + 1)) {
+      const char* word = line.c_str() + space + 1;
+      if (std::string_view(word).starts_with("kernelpagesize_kB=")) unit = std::strtoll(word + 18, nullptr, 10) * 1024 / static_cast<std::int64_t>(base_page_);
+      if (word[0] != 'N' || word[1] < '0' || word[1] > '9') continue;
+      const long node = std::strtol(word + 1, &rest, 10);
+      if (*rest == '=') nodes[static_cast<int>(node)] += std::strtoll(rest + 1, nullptr, 10);
+    }
+    for (auto& [node, pages] : nodes) pages *= std::max<std::int64_t>(1, unit);
   }
-  return sizes;
 }
 
-PageCount parse_numa_maps(const std::string& maps, std::span<const Mapping> mappings, std::uintptr_t begin, std::uintptr_t end) {
+std::optional<NumaMaps> NumaMaps::read() {
+  if (planted_fault("numa_maps") != 0) return std::nullopt;
+  const auto text = read_file("/proc/self/numa_maps");
+  if (!text || text->empty()) return std::nullopt;
+  return NumaMaps(*text, read_mapping_bounds(), page_bytes());
+}
+
+PageCount NumaMaps::count(const PageRange& range) const {
   PageCount count;
   count.method = "numa_maps";
-  count.page_bytes = page_bytes();
-  bool found_any = false;
-  for (const Mapping& mapping : mappings) {
-    // A line of numa_maps starts with the mapping's first address and counts pages of kernelpagesize_kB per node.
-    char key[32];
-    std::snprintf(key, sizeof key, "%08lx ", static_cast<unsigned long>(mapping.begin));
-    std::size_t at = maps.starts_with(key) ? 0 : maps.find(std::string("\n") + key);
-    if (at == std::string::npos) continue;
-    if (at != 0) ++at;
-    found_any = true;
-    std::istringstream words(maps.substr(at, maps.find('\n', at) - at));
-    std::map<int, std::int64_t> nodes;
-    std::int64_t unit = 4;
-    std::string word;
-    while (words >> word) {
-      if (word.starts_with("kernelpagesize_kB=")) unit = std::strtol(word.c_str() + 18, nullptr, 10);
-      if (word.size() > 2 && word[0] == 'N' && word[1] >= '0' && word[1] <= '9') {
-        char* rest = nullptr;
-        const int node = static_cast<int>(std::strtol(word.c_str() + 1, &rest, 10));
-        if (*rest == '=') nodes[node] += std::strtoll(rest + 1, nullptr, 10);
-      }
-    }
-    const std::int64_t scale = unit * 1024 / static_cast<std::int64_t>(count.page_bytes);
+  count.page_bytes = base_page_;
+  std::uintptr_t covered = 0;
+  auto mapping = std::upper_bound(mappings_.begin(), mappings_.end(), range.begin, [](std::uintptr_t at, const Mapping& each) { return at < each.begin; });
+  if (mapping != mappings_.begin()) --mapping;
+  for (; mapping != mappings_.end() && mapping->begin < range.end; ++mapping) {
+    const auto line = nodes_.find(mapping->begin);
+    if (mapping->end <= range.begin || line == nodes_.end()) continue;
+    const std::uintptr_t begin = std::max(range.begin, mapping->begin);
+    const std::uintptr_t end = std::min(range.end, mapping->end);
+    covered += end - begin;
+    const auto pages = static_cast<std::int64_t>((end - begin + base_page_ - 1) / base_page_);
+    const auto& nodes = line->second;
     std::int64_t total = 0;
-    for (auto& [node, pages] : nodes) total += pages *= scale;
-    const auto asked = static_cast<std::int64_t>((std::min(end, mapping.end) - std::max(begin, mapping.begin) + count.page_bytes - 1) / count.page_bytes);
-    if (nodes.size() == 1 && total >= asked) {
-      count.per_node[nodes.begin()->first] += asked;
-      continue;
+    for (const auto& [node, held] : nodes) total += held;
+    const bool whole = begin == mapping->begin && end == mapping->end;
+    if (whole) {
+      count.absent += std::max<std::int64_t>(0, pages - total);
+      for (const auto& [node, held] : nodes) count.per_node[node] += held;
+    } else if (nodes.size() == 1 && total >= pages) {
+      // Were some of the range absent, its pages elsewhere in the mapping would be counted instead: residency is what
+      // touching ensured, the node is what is asked.
+      count.per_node[nodes.begin()->first] += pages;
+    } else {
+      count.exact = false;
+      for (const auto& [node, held] : nodes) count.per_node[node] += held;
     }
-    const bool whole = begin <= mapping.begin && mapping.end <= end;
-    count.exact = count.exact && whole;
-    if (whole) count.absent += asked - total;
-    for (const auto& [node, pages] : nodes) count.per_node[node] += pages;
   }
-  if (!found_any) {
-    count.method = "unverifiable";
+  if (covered < range.end - range.begin) {
     count.exact = false;
+    if (covered == 0) count.method = "unverifiable";
   }
   return count;
 }

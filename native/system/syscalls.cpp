@@ -17,8 +17,10 @@ namespace {
 constexpr int kWordBits = 8 * sizeof(unsigned long);
 constexpr unsigned kFlagMemsAllowed = 1u << 2;  // MPOL_F_MEMS_ALLOWED
 
-enum Call : int { kMbind, kSetMempolicy, kGetMempolicy, kMovePages, kSetAffinity, kMmap, kMadvise, kCalls };
-constexpr const char* kCallNames[kCalls] = {"mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity", "mmap", "madvise"};
+enum Call : int { kMbind, kSetMempolicy, kGetMempolicy, kMovePages, kSetAffinity, kMmap, kMadvise, kNumaMaps, kCalls };
+constexpr const char* kCallNames[kCalls] = {"mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity",
+                                              "mmap", "madvise",
+                                              "numa_maps"};
 
 struct Fault {
   std::atomic<int> error{0};
@@ -140,6 +142,8 @@ int advise(void* address, std::size_t bytes, int advice) {
 
 int protect(void* address, std::size_t bytes, int protection) { return result(::mprotect(address, bytes, protection)); }
 
+void unlock(void* address, std::size_t bytes) noexcept { ::munlock(address, bytes); }
+
 void unmap(void* address, std::size_t bytes) noexcept { ::munmap(address, bytes); }
 
 int current_node() noexcept {
@@ -153,6 +157,13 @@ int current_cpu() noexcept { return ::sched_getcpu(); }
 std::size_t page_bytes() noexcept {
   static const std::size_t bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   return bytes;
+}
+
+int planted_fault(std::string_view call) {
+  for (int i = 0; i < kCalls; ++i) {
+    if (call == kCallNames[i]) return fault(static_cast<Call>(i));
+  }
+  return 0;
 }
 
 void set_fault(std::string_view call, int error, int after) {

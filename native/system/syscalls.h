@@ -63,6 +63,7 @@ class CpuMask {
 [[nodiscard]] int map_anonymous(std::size_t bytes, int protection, int extra_flags, std::byte*& address);
 [[nodiscard]] int advise(void* address, std::size_t bytes, int advice);
 [[nodiscard]] int protect(void* address, std::size_t bytes, int protection);
+void unlock(void* address, std::size_t bytes) noexcept;  // munlock
 void unmap(void* address, std::size_t bytes) noexcept;
 
 int current_node() noexcept;  // the kernel node of the CPU this thread runs on
@@ -70,7 +71,9 @@ int current_cpu() noexcept;
 std::size_t page_bytes() noexcept;
 
 // The test seam: the named call ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity", "mmap",
-// "madvise") fails with `error` once `after` more of them got through; 0 ends it. Throws std::invalid_argument for another name.
+// "madvise", or "numa_maps": reading that file) fails with `error` once `after` more of them got through; 0 ends it. Throws
+// std::invalid_argument for another name.
+int planted_fault(std::string_view call);  // counts as one use of it
 void set_fault(std::string_view call, int error, int after = 0);
 
 }  // namespace numagraft::sys

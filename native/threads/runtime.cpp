@@ -9,7 +9,6 @@
 
 #include "system/error.h"
 #include "system/free_memory.h"
-#include "system/page_query.h"
 #include "system/process.h"
 #include "system/syscalls.h"
 #include "threads/call.h"
@@ -21,6 +20,7 @@ namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr std::size_t kTouchChunk = 16 * kMiB;  // what one worker touches before it takes the next piece
+constexpr std::size_t kPiecesPerLook = 8;       // between looks at what the node has left
 
 std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -231,6 +231,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved) {
     std::optional<PolicyScope> policy;
     if (reserved.obtained == Obtained::set_mempolicy) policy.emplace(os_nodes, buffer.target.mode);
     for (std::size_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
+      if (i > 0 && i % kPiecesPerLook == 0) reserved.claim->check_again(static_cast<double>(pieces - i) / static_cast<double>(pieces));
       touch_pages(begin + i * piece, std::min(end, begin + (i + 1) * piece), reserved.pages);
     }
   });
@@ -263,21 +264,21 @@ Buffer Runtime::allocate(std::size_t bytes, const MemoryTarget& target, const st
 
 void Runtime::release(const Buffer& buffer) { impl_->memory.release(buffer.data); }
 
-bool Runtime::verify(const std::byte* buffer, std::size_t bytes) {
-  const auto residency = impl_->memory.residency_of(buffer);
-  int error = 0;
-  const auto nodes = sys::nodes_of_pages(buffer, bytes, sys::page_bytes(), error);
-  if (error == 0) {
-    residency->store(nodes, sys::page_bytes());
-    return true;
+sys::PageQuery Runtime::verify(std::span<const sys::PageRange> buffers) {
+  std::vector<std::shared_ptr<Residency>> residencies;
+  for (const sys::PageRange& buffer : buffers) residencies.push_back(impl_->memory.residency_of(reinterpret_cast<const std::byte*>(buffer.begin)));
+  sys::PageQuery query = sys::query_ranges(buffers, true);
+  for (std::size_t i = 0; i < residencies.size(); ++i) {
+    const sys::PageCount& count = query.counts[i];
+    if (!query.per_page[i].empty()) {
+      residencies[i]->store(query.per_page[i], count.page_bytes);
+    } else if (count.exact && count.absent == 0 && count.per_node.size() == 1) {
+      residencies[i]->store_homogeneous(count.per_node.begin()->first);
+    } else {
+      residencies[i]->clear();
+    }
   }
-  const sys::PageCount count = sys::count_pages(buffer, bytes);
-  if (count.exact && count.absent == 0 && count.per_node.size() == 1) {
-    residency->store_homogeneous(count.per_node.begin()->first);
-    return true;
-  }
-  residency->clear();
-  return false;
+  return query;
 }
 
 std::vector<Memory::ArenaReport> Runtime::memory_report() const { return impl_->memory.report(); }

@@ -8,6 +8,7 @@
 
 #include "memory/buffer.h"
 #include "memory/memory.h"
+#include "system/page_query.h"
 #include "threads/function_ref.h"
 
 namespace numagraft {
@@ -74,9 +75,9 @@ class Runtime {
   Buffer allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner);
   void release(const Buffer& buffer);
 
-  // Asks the kernel where each page of the buffer is and keeps the answer in buffer.residency, from which operators count
-  // remote bytes. False: the kernel does not tell for single pages (move_pages is refused) and numa_maps cannot prove it.
-  bool verify(const std::byte* buffer, std::size_t bytes);
+  // Asks the kernel where every page of these buffers is, and keeps the answers in their residency, from which operators
+  // count remote bytes. Addresses are those of buffers (std::invalid_argument otherwise).
+  sys::PageQuery verify(std::span<const sys::PageRange> buffers);
 
   std::vector<Memory::ArenaReport> memory_report() const;
 

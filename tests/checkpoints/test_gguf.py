@@ -10,9 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from numagraft.checkpoints import load_tokenizer, open_checkpoint
 from numagraft.checkpoints.gguf import MergedExperts
+from numagraft.checkpoints.gguf_header import read_header
 from numagraft.errors import CheckpointError
 from tests import models
 
@@ -110,6 +113,40 @@ def test_a_truncated_file(tmp_path: Path, keep: int) -> None:
     with pytest.raises(CheckpointError, match=r"m\.gguf") as caught:
         open_checkpoint(path)
     assert "truncated" in str(caught.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_header_is_told_or_harmless(gguf_bytes: tuple[Path, bytes], data: st.DataObject) -> None:
+    """Bytes changed or cut anywhere: a header, or a CheckpointError; nothing else, and no wild allocation."""
+    path, whole = gguf_bytes
+    changed = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        if changed:
+            at = data.draw(st.integers(0, min(len(changed), 1500) - 1))
+            changed[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(changed)
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(each.offset + each.bytes <= len(changed) for each in header.tensors)
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = write(tmp_path_factory.mktemp("damaged") / "m.gguf", "llama", config_for("llama"), kind=KINDS.Q8_0)
+    return path, path.read_bytes()
+
+
+def test_the_header_is_that_of_the_gguf_package(smollm2_gguf: Path) -> None:
+    header, reader = read_header(smollm2_gguf), gguf.GGUFReader(smollm2_gguf)
+    assert [(t.name, t.kind, t.shape, t.offset, t.bytes) for t in header.tensors] == [
+        (t.name, t.tensor_type, tuple(map(int, reversed(t.shape))), t.data_offset, t.n_bytes) for t in reader.tensors
+    ]
+    for key, value in header.metadata.items():
+        assert value is None or value == reader.fields[key].contents()
 
 
 @pytest.mark.parametrize("at", [4, 8, 16])

@@ -10,14 +10,14 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from topologies import machines
-from topologies.machines import MACHINES
 
 from numagraft.doctor import Circumstances, diagnose
 from numagraft.errors import PlatformError
 from numagraft.platform import Platform
 from numagraft.platform.tree import FolderTree, MemoryTree, open_dump
 from numagraft.runtime import RuntimeLayout
+from tests.topologies import machines
+from tests.topologies.machines import MACHINES
 
 SMALL = {
     name: machines.files(MACHINES[name])

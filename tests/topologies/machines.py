@@ -1,6 +1,6 @@
 """Machines that are made up: sysfs and procfs built from a description, as their kernels would show them.
 
-`tree(name)` is one for `Platform.read`; `write(name, folder)` puts the files on disk; `python -m topologies.machines FOLDER`
+`tree(name)` is one for `Platform.read`; `write(name, folder)` puts the files on disk; `python -m tests.topologies.machines FOLDER`
 writes them all. Facts of the real models: core counts, node layout, distances and feature flags.
 """
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,27 +15,16 @@ import numpy as np
 import torch
 
 from numagraft.checkpoints.files import UncachedFile
+from numagraft.checkpoints.gguf_header import Stored, read_header
 from numagraft.checkpoints.mapping import Checkpoint, LazyTensor
-from numagraft.errors import CheckpointError, Problem
+from numagraft.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
     from transformers import PreTrainedConfig, PreTrainedModel
 
     Process = Callable[[np.ndarray], np.ndarray]
 
 _AGAIN = "copy or download it again"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies in the file; `shape` in torch's order, `offset` and `bytes` in the file."""
-
-    name: str
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
 
 
 def _shape_only(process: Process, shape: tuple[int, ...]) -> np.ndarray:
@@ -137,52 +125,13 @@ class MergedExperts(LazyTensor):
         return merged
 
 
+#: llama.cpp's own tables (rope factors), which have no place in the model
+_TABLES = ("rope_",)
 #: sizes of a mixture of experts that transformers' tables leave at the defaults of the configuration class
 _EXPERT_SIZES = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
-
-
-def read_table(path: Path) -> tuple[str, tuple[Stored, ...], dict[str, int]]:
-    """Architecture, tensors and experts' sizes, through the `gguf` package's reader, which is let go of (it maps the file).
-
-    Raises CheckpointError for anything that is not a whole GGUF file.
-    """
-    import gguf
-
-    size = path.stat().st_size
-    try:
-        reader = gguf.GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        stored = tuple(
-            Stored(
-                tensor.name,
-                tensor.tensor_type,
-                tuple(int(length) for length in reversed(tensor.shape)),
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-            )
-            for tensor in reader.tensors
-        )
-        sizes = {
-            key: int(reader.fields[f"{architecture}.{key}"].contents())
-            for key in _EXPERT_SIZES
-            if f"{architecture}.{key}" in reader.fields
-        }
-    except Exception as error:
-        # the reader raises whatever numpy raises on a file that ends early or that announces nonsense
-        raise CheckpointError(
-            f"{path} ({size} bytes) cannot be read as GGUF ({type(error).__name__}: {error}): it is truncated or "
-            f"not a GGUF file; {_AGAIN}"
-        ) from None
-    beyond = [Problem(each.name, f"ends at byte {each.offset + each.bytes}") for each in stored]
-    beyond = [problem for problem, each in zip(beyond, stored, strict=True) if each.offset + each.bytes > size]
-    if beyond:
-        raise CheckpointError(
-            f"{path} ends at byte {size}, before its tensors do: it is truncated; {_AGAIN}", beyond[:8]
-        )
-    return architecture, stored, sizes
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -199,15 +148,42 @@ def read_config(path: Path) -> PreTrainedConfig:
         ) from error
 
 
+class _WholeNames:
+    """A model whose parameters transformers maps as one, without going into each submodule."""
+
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        self.config = skeleton.config
+        self.state_dict = skeleton.state_dict
+
+    def named_children(self) -> list[tuple[str, object]]:
+        return []
+
+
+def _has_place(stored_name: str, names: dict[str, str]) -> bool:
+    return stored_name in names or stored_name.startswith(_TABLES) or _merged_part(stored_name, names) is not None
+
+
+def _merged_part(stored_name: str, names: dict[str, str]) -> tuple[str, str] | None:
+    """(model name, gate|up|down) for a tensor of all experts; the map may hold it with or without ".weight"."""
+    base = stored_name.removesuffix(".weight")
+    for part in ("gate", "up", "down"):
+        if base.endswith(f".ffn_{part}_exps"):
+            name = names.get(base) or names.get(stored_name)
+            return None if name is None else (name, part)
+    return None
+
+
 class GgufCheckpoint(Checkpoint):
     """One GGUF file. Its names are known only for a model: `bind` first."""
 
     def __init__(self, path: Path) -> None:
-        self.architecture, self._stored, sizes = read_table(path)
+        header = read_header(path)
+        self.architecture, self._stored = header.architecture, header.tensors
         super().__init__(str(path), read_config(path))
-        for key, size in sizes.items():
-            if hasattr(self.config, _EXPERT_SIZES[key]):
-                setattr(self.config, _EXPERT_SIZES[key], size)
+        for key, attribute in _EXPERT_SIZES.items():
+            size = header.metadata.get(f"{self.architecture}.{key}")
+            if isinstance(size, int) and hasattr(self.config, attribute):
+                setattr(self.config, attribute, size)
         self.path = path
         self._file = UncachedFile(path)
         self._deferred = False
@@ -238,13 +214,16 @@ class GgufCheckpoint(Checkpoint):
                 f"{self.path}: gpt-oss in GGUF is not supported; give its safetensors checkpoint in bf16"
             )
         try:
-            names = get_gguf_hf_weights_map(skeleton, processor)
+            names = get_gguf_hf_weights_map(_WholeNames(skeleton), processor)
+            if any(not _has_place(stored.name, names) for stored in self._stored):
+                # families whose files use the names of the inner model: transformers then asks every submodule, slowly
+                names = get_gguf_hf_weights_map(skeleton, processor)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         self.tensors = {}
         halves: dict[str, dict[str, GgufTensor]] = {}
         for stored in self._stored:
-            merged = self._merged_part(stored.name, names)
+            merged = _merged_part(stored.name, names)
             if merged is not None:
                 name, part = merged
                 tensor = GgufTensor(name, stored, self._file, None)
@@ -256,8 +235,8 @@ class GgufCheckpoint(Checkpoint):
                 name = names[stored.name]
                 self.tensors[name] = GgufTensor(name, stored, self._file, self._process(processor, stored.name))
             else:
-                # llama.cpp's own tables (rope factors) have no place in the model; anything else shows as unexpected
-                if not stored.name.startswith("rope_"):
+                # shows as unexpected
+                if not stored.name.startswith(_TABLES):
                     self.tensors[stored.name] = GgufTensor(stored.name, stored, self._file, None)
         for name, parts in halves.items():
             if set(parts) != {"gate", "up"}:
@@ -265,16 +244,6 @@ class GgufCheckpoint(Checkpoint):
             self.tensors[name] = MergedExperts(name, parts["gate"], parts["up"])
         if self._deferred:
             self.defer()
-
-    @staticmethod
-    def _merged_part(stored_name: str, names: dict[str, str]) -> tuple[str, str] | None:
-        """(model name, gate|up|down) for a tensor of all experts; the map may hold it with or without ".weight"."""
-        base = stored_name.removesuffix(".weight")
-        for part in ("gate", "up", "down"):
-            if base.endswith(f".ffn_{part}_exps"):
-                name = names.get(base) or names.get(stored_name)
-                return None if name is None else (name, part)
-        return None
 
     @staticmethod
     def _process(processor: object, stored_name: str) -> Process:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from numagraft.doctor import Measurement
+    from numagraft.platform import Platform
 
 
 def doctor(
     fsroot: Annotated[
         Path, typer.Option(help="Judge another machine: a folder or archive with its /sys and /proc, or a .json.")
     ] = Path("/"),
+    measured: Annotated[
+        bool, typer.Option("--measure", help="Measure read bandwidth and latency of all pairs of nodes (up to 20 s).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with findings and platform.")] = False,
 ) -> None:
     """Judge this machine. Exit code 1 when something would hurt placement or speed."""
@@ -19,7 +26,8 @@ def doctor(
     from numagraft.platform import Platform
 
     platform = Platform.detect() if str(fsroot) == "/" else Platform.from_dump(fsroot)
-    diagnosis = diagnose(Circumstances.of(platform))
+    measurement = _measure(platform, quiet=as_json) if measured else None
+    diagnosis = diagnose(Circumstances.of(platform), measurement=measurement)
     if as_json:
         typer.echo(diagnosis.to_json())
     else:
@@ -28,6 +36,23 @@ def doctor(
         Console().print(diagnosis, highlight=False)
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+def _measure(platform: Platform, *, quiet: bool) -> Measurement:
+    from rich.console import Console
+
+    from numagraft.doctor import measure
+
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("measuring") as status:
+        measurement = measure(platform, progress=lambda text: status.update(f"measuring: {text}"))
+    try:
+        path = measurement.save()
+    except OSError as error:
+        console.print(f"cannot be kept for planning: {error}", highlight=False)
+    else:
+        console.print(f"measured in {measurement.seconds:.0f} s; kept for planning in {path}", highlight=False)
+    return measurement
 
 
 def register(app: typer.Typer) -> None:

@@ -5,5 +5,6 @@ from __future__ import annotations
 from numagraft.doctor.circumstances import Backend, Circumstances
 from numagraft.doctor.diagnosis import Diagnosis, diagnose
 from numagraft.doctor.finding import Finding
+from numagraft.doctor.measurement import Measurement, measure
 
-__all__ = ["Backend", "Circumstances", "Diagnosis", "Finding", "diagnose"]
+__all__ = ["Backend", "Circumstances", "Diagnosis", "Finding", "Measurement", "diagnose", "measure"]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from numagraft.doctor.nvidia import ask_nvidia_driver, with_driver_facts
 from numagraft.errors import NumagraftError
 from numagraft.platform import Platform
 
@@ -30,6 +31,8 @@ class Circumstances:
     backend: Backend | None = None
     refused: Mapping[str, str] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    compute_modes: Mapping[str, str] = field(default_factory=dict)  # PCI address -> as NVIDIA's driver says
+    mps: bool = False  # the MPS daemon's pipe is there
 
     @classmethod
     def of(cls, platform: Platform) -> Circumstances:
@@ -37,7 +40,16 @@ class Circumstances:
         if not platform.live:
             return cls(platform)
         backend, refused = _ask_backend()
-        return cls(platform, backend, refused, dict(os.environ))
+        facts = ask_nvidia_driver() if any(gpu.vendor == "nvidia" for gpu in platform.gpus) else {}
+        pipe = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+        return cls(
+            with_driver_facts(platform, facts),
+            backend,
+            refused,
+            dict(os.environ),
+            {address: known.compute_mode for address, known in facts.items()},
+            os.path.exists(os.path.join(pipe, "control")),
+        )
 
 
 def _ask_backend() -> tuple[Backend, dict[str, str] | None]:

@@ -10,6 +10,7 @@ from typing import Any
 from numagraft.doctor.circumstances import Backend, Circumstances
 from numagraft.doctor.finding import SEVERITIES, Finding
 from numagraft.doctor.gpu import judge_gpus
+from numagraft.doctor.measurement import Measurement
 from numagraft.doctor.memory import judge_memory
 from numagraft.doctor.process import judge_process
 from numagraft.doctor.topology import judge_topology
@@ -35,6 +36,7 @@ class Diagnosis:
     platform: Platform
     findings: tuple[Finding, ...]
     backend: Backend | None = None
+    measurement: Measurement | None = None
 
     @property
     def ok(self) -> bool:
@@ -47,6 +49,7 @@ class Diagnosis:
                 "ok": self.ok,
                 "findings": to_plain(self.findings),
                 "backend": to_plain(self.backend),
+                "measurement": to_plain(self.measurement),
                 "platform": json.loads(self.platform.to_json()),
             }
         )
@@ -70,16 +73,18 @@ class Diagnosis:
             Text(_headline(self.platform, self.backend), style="bold"),
             _nodes_table(self.platform),
             *_distances(self.platform),
+            *([self.measurement] if self.measurement is not None else []),
             findings,
             Text(summary, style="bold green" if self.ok else "bold red"),
         )
 
 
-def diagnose(circumstances: Circumstances) -> Diagnosis:
+def diagnose(circumstances: Circumstances, *, measurement: Measurement | None = None) -> Diagnosis:
     """Every judge's findings, by severity, then in the order of the judges."""
     findings = [finding for judge in JUDGES for finding in judge(circumstances)]
+    findings += measurement.findings() if measurement is not None else []
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Diagnosis(circumstances.platform, tuple(findings), circumstances.backend)
+    return Diagnosis(circumstances.platform, tuple(findings), circumstances.backend, measurement)
 
 
 def _headline(platform: Platform, backend: Backend | None) -> str:

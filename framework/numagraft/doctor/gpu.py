@@ -39,8 +39,20 @@ def judge_gpus(circumstances: Circumstances) -> Iterator[Finding]:
             yield Finding("advice", "gpu-driver", f"{gpu.address} has no driver bound", "install or load its driver")
     if not platform.gpus or not platform.live:
         return
-    if "CUDA_MPS_PIPE_DIRECTORY" in circumstances.environment:
-        yield Finding("note", "mps", "CUDA_MPS_PIPE_DIRECTORY is set: GPU work goes through the MPS daemon's share")
+    if circumstances.mps:
+        yield Finding(
+            "note", "mps", "the MPS daemon runs: processes share the GPUs, and one that dies can take others along"
+        )
+    closed = [address for address, mode in circumstances.compute_modes.items() if mode == "Prohibited"]
+    single = [address for address, mode in circumstances.compute_modes.items() if mode == "Exclusive_Process"]
+    if closed or (single and not circumstances.mps):
+        yield Finding(
+            "hurts" if closed else "advice",
+            "gpu-compute-mode",
+            f"compute mode {'Prohibited' if closed else 'Exclusive_Process'} on {', '.join(closed or single)}: "
+            + ("nothing may compute there" if closed else "one process at a time, as there is no MPS daemon"),
+            "nvidia-smi -c DEFAULT (as root)",
+        )
     if platform.memlock_bytes is not None and platform.memlock_bytes < _SMALL_MEMLOCK:
         yield Finding(
             "advice",

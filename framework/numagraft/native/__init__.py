@@ -7,7 +7,7 @@ Every call that computes releases the GIL.
 from __future__ import annotations
 
 from numagraft.native.capabilities import Capabilities, capabilities
-from numagraft.native.pages import PageCount, query_page_sizes, query_pages
+from numagraft.native.pages import PageCount, query_page_sizes, query_page_sizes_of, query_pages
 from numagraft.native.runtime import ArenaReport, PlacedBuffer, Runtime, WorkerPlace
 from numagraft.native.system import (
     InheritedPolicy,
@@ -16,6 +16,7 @@ from numagraft.native.system import (
     binding_allowed,
     inherited_policy,
     memory_cgroup_limit,
+    plant_available,
     set_fault,
 )
 from numagraft.native.weights import (
@@ -51,7 +52,9 @@ __all__ = [
     "inherited_policy",
     "linear_packed_bytes",
     "memory_cgroup_limit",
+    "plant_available",
     "query_page_sizes",
+    "query_page_sizes_of",
     "query_pages",
     "set_fault",
 ]

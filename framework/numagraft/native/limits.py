@@ -103,6 +103,28 @@ def stream_rates(
     )
 
 
+def make_chase(runtime: Runtime, region: Region) -> None:
+    """Fills the region with one random cycle over its cache lines, written by a worker of the region's first node.
+
+    Whatever the memory held is lost. Raises ConfigurationError for memory off a cache line or a node without threads.
+    """
+    try:
+        _native.bench_make_chase(runtime.native, region.nodes[0], region.address, region.bytes)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def load_seconds(runtime: Runtime, region: Region, *, steps: int = 200_000) -> float:
+    """Seconds of one load that waits for the one before it, along the cycle of `make_chase`, by the region's first node.
+
+    Only larger than the caches is the region a measure of memory; small pages add the cost of translation.
+    """
+    try:
+        return _native.bench_run_chase(runtime.native, region.nodes[0], region.address, steps) / steps
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+
+
 def peak_loops() -> list[PeakLoop]:
     return [PeakLoop(*row) for row in _native.bench_peaks()]
 

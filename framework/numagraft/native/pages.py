@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,12 +25,21 @@ class PageCount:
     page_bytes: int
 
 
-def query_pages(address: int, bytes: int) -> PageCount:
-    """Counts the pages of [address, address + bytes) by kernel node."""
-    found = _native.query_pages(address, bytes)
+def page_count(found: _native.PageCount) -> PageCount:
+    """The binding's count as data."""
     return PageCount(found.per_node, found.absent, found.method, found.exact, found.page_bytes)
+
+
+def query_pages(address: int, bytes: int) -> PageCount:
+    """Counts the pages of [address, address + bytes) by kernel node; for many ranges at once see `Runtime.verify`."""
+    return page_count(_native.query_pages(address, bytes))
 
 
 def query_page_sizes(address: int, bytes: int) -> dict[int, int]:
     """Resident bytes by page size (4096, 2 MiB, 1 GiB) from smaps; exact for whole mappings, in proportion for parts."""
-    return _native.query_page_sizes(address, bytes)
+    return _native.query_page_sizes([(address, bytes)])[0]
+
+
+def query_page_sizes_of(ranges: Sequence[tuple[int, int]]) -> list[dict[int, int]]:
+    """The same for many (address, bytes) with one reading of smaps."""
+    return _native.query_page_sizes(list(ranges))

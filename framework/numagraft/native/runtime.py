@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from numagraft import _native
-from numagraft.native.pages import query_page_sizes
+from numagraft.native.pages import PageCount, page_count, query_page_sizes_of
 from numagraft.runtime import RuntimeLayout
 
 
@@ -97,15 +97,19 @@ class Runtime:
         """Gives the memory back to the system."""
         self.native.release(buffer)
 
-    def verify(self, address: int, bytes: int) -> bool:
-        """Asks the kernel for every page of a buffer and keeps the answer for the operators' remote-byte counters.
+    def verify(self, buffers: Sequence[PlacedBuffer]) -> list[PageCount]:
+        """Asks the kernel for every page of these buffers, one count each; one question per huge page where smaps proves it.
 
-        False: the kernel does not tell. Raises ValueError for an address where no buffer of this runtime starts.
+        The answers are also kept natively, for the operators' remote-byte counters. Raises ValueError for an address where
+        no buffer of this runtime starts.
         """
-        return self.native.verify(address, bytes)
+        counts, _ = self.native.verify([(buffer.address, buffer.bytes) for buffer in buffers])
+        return [page_count(count) for count in counts]
 
     def memory_report(self) -> list[ArenaReport]:
         """Every arena, in the order of making."""
+        arenas = self.native.memory_report()
+        sizes = query_page_sizes_of([(arena.address, arena.reserved_bytes) for arena in arenas])
         return [
             ArenaReport(
                 arena.address,
@@ -118,9 +122,9 @@ class Runtime:
                 arena.obtained,
                 arena.refused,
                 arena.pages,
-                query_page_sizes(arena.address, arena.reserved_bytes),
+                page_bytes,
             )
-            for arena in self.native.memory_report()
+            for arena, page_bytes in zip(arenas, sizes, strict=True)
         ]
 
     def observe_workers(self, nodes: Sequence[int] | None = None) -> list[WorkerPlace]:

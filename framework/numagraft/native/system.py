@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numagraft import _native
 
 #: What `set_fault` can make fail.
-CALLS = ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity", "mmap", "madvise")
+CALLS = ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity", "mmap", "madvise", "numa_maps")
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,8 @@ def set_fault(call: str, errno: int | None, *, after: int = 0) -> None:
     if errno is not None and errno not in errno_numbers.errorcode:
         raise ValueError(f"{errno} is not an errno")
     _native.set_fault(call, errno or 0, after)
+
+
+def plant_available(bytes: int | None, *, after: int = 0) -> None:
+    """Test seam: allocations see `bytes` available on every node, once `after` more looks went by; None ends it."""
+    _native.plant_available(-1 if bytes is None else bytes, after)

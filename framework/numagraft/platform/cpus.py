@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from numagraft.platform.facts import Cpu
 from numagraft.platform.ids import MAX_ID, parse_int, parse_list, parse_mask
@@ -72,6 +72,17 @@ def read_cpus(tree: Tree, node_cpus: Mapping[int, tuple[int, ...]]) -> tuple[Cpu
         )
         for cpu in sorted(listed | set(present))
     )
+
+
+def read_l3_bytes(tree: Tree, cpus: Sequence[Cpu]) -> int | None:
+    """Size of the first online CPU's L3 cache ("32768K")."""
+    first = next((cpu.id for cpu in cpus if cpu.online), None)
+    for name in tree.entries(f"{_SYS}/cpu{first}/cache"):
+        folder = f"{_SYS}/cpu{first}/cache/{name}"
+        if tree.read(f"{folder}/level") == "3":
+            match = re.fullmatch(r"([0-9]{1,9})K", tree.read(f"{folder}/size") or "")
+            return int(match[1]) << 10 if match else None
+    return None
 
 
 def _online_and_present(

@@ -37,7 +37,7 @@ def read_gpus(tree: Tree) -> tuple[Gpu, ...]:
                 device=_device_name(tree, address) or tree.read(f"{folder}/device") or "",
                 node=node if node is not None and node >= 0 else None,
                 cpus=parse_list(tree.read(f"{folder}/local_cpulist")) or (),
-                memory_bytes=_memory(tree, folder),
+                memory_bytes=_amd_memory(tree, folder),
                 driver=_driver(tree, folder),
                 link=f"{speed} x{width}" if speed and width and not speed.startswith("Unknown") else "",
             )
@@ -60,17 +60,7 @@ def _driver(tree: Tree, folder: str) -> str:
     return ""
 
 
-def _memory(tree: Tree, folder: str) -> int | None:
-    """What amdgpu says, else the largest prefetchable window on the bus where that may be the whole memory."""
+def _amd_memory(tree: Tree, folder: str) -> int | None:
+    # amdgpu alone tells. A window on the bus is a power of two, larger than the memory or much smaller.
     told = parse_int(tree.read(f"{folder}/mem_info_vram_total"))
-    if told is not None and told > 0:
-        return told
-    largest = 0
-    for line in (tree.read(f"{folder}/resource") or "").splitlines()[:6]:
-        words = line.split()
-        if len(words) == 3 and all(re.fullmatch(r"0x[0-9a-fA-F]{1,16}", word) for word in words):
-            begin, end, flags = (int(word, 16) for word in words)
-            if flags & 0x2000 and end > begin:
-                largest = max(largest, end - begin + 1)
-    # A card without a resizable window shows 256 MiB whatever it holds.
-    return largest if largest >= 1 << 31 else None
+    return told if told is not None and told > 0 else None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from numagraft.errors import ConfigurationError, PlatformError, Problem
 from numagraft.platform.cgroups import read_cgroup
-from numagraft.platform.cpus import read_cpus
+from numagraft.platform.cpus import read_cpus, read_l3_bytes
 from numagraft.platform.facts import Cgroup, Cpu, Gpu, Kernel, MemoryModule, MemoryPolicy, Node
 from numagraft.platform.gpus import read_gpus
 from numagraft.platform.ids import format_list
@@ -41,6 +41,7 @@ class Platform:
     allowed_nodes: tuple[int, ...]
     live: bool = False
     cpu: CpuModel = field(default_factory=CpuModel)
+    l3_bytes: int | None = None  # of one L3 group
     kernel: Kernel = field(default_factory=Kernel)
     policy: MemoryPolicy = field(default_factory=MemoryPolicy)
     cgroup: Cgroup = field(default_factory=Cgroup)
@@ -111,6 +112,7 @@ class Platform:
             allowed_nodes=allowed_nodes,
             live=tree.live,
             cpu=model,
+            l3_bytes=read_l3_bytes(tree, cpus),
             kernel=read_kernel(tree, tuple(online)),
             policy=allowance.policy,
             cgroup=read_cgroup(tree),

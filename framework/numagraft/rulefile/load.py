@@ -90,14 +90,15 @@ class _Reader:
             raise RuleError(f"rules are given as {type(source).__name__}, expected a path, a preset's name or a mapping")
         text = os.fspath(source)
         self.subject = text
-        path = Path(text).expanduser()
-        if isinstance(source, Path) or text.endswith(SUFFIXES) or (text != AUTO and path.is_file()):
+        path = _path(text)
+        if path is not None and (isinstance(source, Path) or text.endswith(SUFFIXES) or _is_file(path)):
             self._root_directory = path.resolve().parent
             document = self._read_path(path, shown=text, trusted=self._trust_code)
         else:
             found = self._preset(text, Location(text, 0, 0), argument=True)
             if found is None:
-                self.problems.raise_if_any("rules")
+                self.subject = "rules"
+                self.problems.raise_if_any(self.subject)
             assert found is not None
             document = found
         return document
@@ -121,7 +122,7 @@ class _Reader:
             return None
         root = self._root_directory.resolve()
         if os.path.isabs(name) or name.startswith("~") or not real.is_relative_to(root):
-            hint = f"put the file below {root.name}/ or make it a preset"
+            hint = "put the file beside the rule file or below, or make it a preset"
             self.problems.add(place, f"{name!r} leads out of the rule file's own folder", hint)
             return None
         if not name.endswith(SUFFIXES):
@@ -166,7 +167,8 @@ class _Reader:
             what = "neither a rule file nor a preset" if argument else "not a preset"
             if not argument:
                 hint += " (a file beside this one starts with ./)"
-            self.problems.add(place, f"{name!r} is {what}", hint)
+            shown = repr(name) if len(name) <= 80 else f"{name[:77]!r}..."
+            self.problems.add(Location(name[:80], 0, 0) if argument else place, f"{shown} is {what}", hint)
             return None
         shown = preset.shown
         if shown not in self._documents:
@@ -180,6 +182,21 @@ class _Reader:
 
             self._platform = Platform.detect()
         return self._platform
+
+
+def _path(text: str) -> Path | None:
+    """None where `text` can be no path."""
+    try:
+        return Path(text).expanduser() if text and "\0" not in text else None
+    except RuntimeError:  # the home of an unknown user
+        return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return str(path) != AUTO and path.is_file()
+    except OSError:
+        return False
 
 
 def _parsed(where: str) -> Location:
@@ -205,19 +222,20 @@ def _resolve(composition: Composition, source: str, problems: Problems, notes: t
     variables = resolve_vars(composition.vars, runtime_scope, problems)
     scope = {"vars": variables, "runtime": runtime_scope}
     rules = []
-    if len(problems) == before:  # wrong vars would be reported again by every rule that uses them
-        root = composition.documents[0]
-        for entry in composition.rules:
-            rule = _rule(entry, scope, problems, inherited=entry.file != root.file)
-            if rule is not None:
-                rules.append(rule)
-    if not composition.rules and not any(document.rules for document in composition.documents):
-        place = Location(composition.documents[0].file, 1, 1) if composition.documents[0].directory else None
-        problems.add(
-            place or Location(source, 0, 0),
-            "no rules, neither here nor in what it extends",
-            "add `rules:`, or `extends: [auto]`",
-        )
+    root = composition.documents[0]
+    wrong_vars = len(problems) > before
+    for entry in composition.rules:
+        if wrong_vars:  # every rule that uses them would report them again
+            replace = entry.node.get("replace")
+            if replace is not None:
+                check_interpolations(replace, problems)
+            continue
+        rule = _rule(entry, scope, problems, inherited=entry.file != root.file)
+        if rule is not None:
+            rules.append(rule)
+    if isinstance(root.node, Table) and "rules" not in root.node.entries and not composition.rules:
+        place = root.node.location if root.directory else Location(source, 0, 0)
+        problems.add(place, "no rules, neither here nor in what it extends", "add `rules:`, or `extends: [auto]`")
     marks: dict[str, Location] = {}
     _collect_marks(composition.vars, "vars", marks)
     _collect_marks(composition.runtime, "runtime", marks)

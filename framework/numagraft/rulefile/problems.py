@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 
 from numagraft.errors import NumagraftError, Problem, RuleError
 from numagraft.rulefile.rules import Location
@@ -17,6 +18,7 @@ class Problems:
 
     def __init__(self) -> None:
         self._found: list[tuple[Location, Problem]] = []
+        self._known: set[tuple[Location, Problem]] = set()
         self._files: dict[str, int] = {}
 
     def __bool__(self) -> bool:
@@ -28,7 +30,8 @@ class Problems:
     def add(self, location: Location, message: str, hint: str = "") -> None:
         self._files.setdefault(location.file, len(self._files))
         entry = (location, Problem(str(location), message, hint))
-        if entry not in self._found:
+        if entry not in self._known:
+            self._known.add(entry)
             self._found.append(entry)
 
     def absorb(self, other: Problems) -> None:
@@ -55,7 +58,11 @@ class Problems:
 
 def did_you_mean(found: str, known: Iterable[str], *, otherwise: str = "known") -> str:
     """A hint naming the closest of `known`, or all of them when none is close."""
-    known = sorted(known)
+    return _did_you_mean(found[:100], tuple(sorted(known)), otherwise)
+
+
+@lru_cache(1024)  # a generated file may be wrong the same way on every line
+def _did_you_mean(found: str, known: tuple[str, ...], otherwise: str) -> str:
     close = difflib.get_close_matches(found, known, n=2, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(repr(name) for name in close)}?"
