@@ -38,6 +38,7 @@ class Arena:
     reserved_bytes: int = 1 << 40
     obtained: str = "mbind"
     refused: str = ""
+    page_bytes: dict[int, int] = field(default_factory=lambda: {PAGE: 1 << 40})
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Machine:
     bound: bool = True
     arenas: tuple[Arena, ...] = (Arena(),)
     planted: dict[int, Count] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=lambda: {PAGE: 1 << 40})
     asked: list[int] = field(default_factory=list)
 
     @property
@@ -67,14 +67,12 @@ class Machine:
     def memory_report(self) -> tuple[Arena, ...]:
         return self.arenas
 
-    def query(self, address: int, count: int) -> Count:
-        self.asked.append(address)
-        return self.planted[address]
+    def verify(self, buffers) -> list[Count]:
+        self.asked += [buffer.address for buffer in buffers]
+        return [self.planted[buffer.address] for buffer in buffers]
 
     def report(self, *weights: PlacedWeight, **options):
-        return build_report(
-            weights, self, query_pages=self.query, query_page_sizes=lambda address, count: self.sizes, **options
-        )
+        return build_report(weights, self, **options)
 
 
 def place(policy: str) -> Placement:
@@ -173,7 +171,7 @@ def test_numa_maps_is_as_good_when_it_is_exact():
 )
 def test_interleaving_is_even_to_one_percent_or_one_page(found, sizes, ok):
     interleaved = weight("interleave", Buffer(0, 20 * MIB, (0, 1), True))
-    report = Machine(planted={0: Count(found)}, sizes=sizes).report(interleaved)
+    report = Machine(planted={0: Count(found)}, arenas=(Arena(page_bytes=sizes),)).report(interleaved)
     assert report.ok is ok
     if not ok:
         assert "asked to be even over nodes 0,2, but" in report.misplaced[0].message
@@ -247,16 +245,13 @@ def test_rules_and_modules_are_counted():
     assert [(row.rule_id, row.modules, row.asked_bytes) for row in rows] == [("a", 3, 3 * MIB), ("b", 1, MIB)]
 
 
-def test_page_sizes_are_asked_once_per_arena():
-    asked = []
-
-    def sizes(address, count):
-        asked.append(address)
-        return {PAGE: 1 << 30, 2 * MIB: 3 << 30}
-
-    report = build_report([MIRROR], machine := Machine(planted=GOOD), query_pages=machine.query, query_page_sizes=sizes)
-    assert asked == [0]
-    assert report.rows[0].page_bytes == {PAGE: MIB // 2, 2 * MIB: 3 * MIB // 2}
+def test_page_sizes_are_those_of_the_arena():
+    arenas = (
+        Arena(0, 2 * MIB, page_bytes={PAGE: 1 << 20, 2 * MIB: 3 << 20}),
+        Arena(2 * MIB, 2 * MIB, page_bytes={PAGE: 5}),
+    )
+    report = Machine(planted=GOOD, arenas=arenas).report(MIRROR)
+    assert [row.page_bytes for row in report.rows] == [{PAGE: MIB // 2, 2 * MIB: 3 * MIB // 2}, {PAGE: 2 * MIB}]
 
 
 def test_json_is_plain():

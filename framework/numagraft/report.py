@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +17,7 @@ from numagraft.runtime import RuntimeLayout
 from numagraft.sizes import format_size
 
 if TYPE_CHECKING:
-    from numagraft.native import PageCount, PlacedBuffer
+    from numagraft.native import ArenaReport, PageCount, PlacedBuffer
 
 #: Interleaved pages may be uneven by this share, or by one page.
 UNEVEN_SHARE = 0.01
@@ -39,7 +40,8 @@ class PlacedRuntime(Protocol):
 
     @property
     def layout(self) -> RuntimeLayout: ...
-    def memory_report(self) -> Sequence[Any]: ...
+    def memory_report(self) -> Sequence[ArenaReport]: ...
+    def verify(self, buffers: Sequence[PlacedBuffer]) -> Sequence[PageCount]: ...
 
 
 @dataclass(frozen=True)
@@ -166,25 +168,21 @@ def build_report(
     *,
     page_cache_residue: int | None = None,
     fallbacks: Sequence[str] = (),
-    query_pages: Callable[[int, int], PageCount] | None = None,
-    query_page_sizes: Callable[[int, int], Mapping[int, int]] | None = None,
 ) -> PlacementReport:
     """Asks the kernel for every page of every buffer.
 
     page_cache_residue: bytes of the checkpoint that the page cache still holds; fallbacks: what was not done as the rules
-    first said, for people. The queries are numagraft.native's unless others are given (tests).
+    first said, for people.
     """
-    if query_pages is None or query_page_sizes is None:
-        from numagraft import native
-
-        query_pages = query_pages or native.query_pages
-        query_page_sizes = query_page_sizes or native.query_page_sizes
     layout = runtime.layout
-    arenas = [_Arena.of(arena) for arena in runtime.memory_report()]
+    arenas = sorted(runtime.memory_report(), key=lambda arena: arena.address)
     weights = list(placed)
-    survey = _Survey(layout, arenas, query_pages, query_page_sizes)
+    # In one go: the runtime then reads smaps once, and keeps the answers for the operators' remote-byte counters.
+    buffers = [buffer for weight in weights for buffer in weight.buffers]
+    counts = iter(runtime.verify(buffers) if layout.bound and buffers else ())
+    survey = _Survey(layout, arenas)
     for weight in weights:
-        survey.add(weight)
+        survey.add(weight, [next(counts, None) for _ in weight.buffers])
     refused = sorted({f"mbind is refused ({arena.refused}): {arena.obtained}" for arena in arenas if arena.refused})
     return PlacementReport(
         rows=survey.rows(),
@@ -198,18 +196,6 @@ def build_report(
         page_cache_residue=page_cache_residue,
         notes=layout.notes,
     )
-
-
-@dataclass(frozen=True)
-class _Arena:
-    address: int
-    bytes: int
-    obtained: str
-    refused: str
-
-    @classmethod
-    def of(cls, arena: Any) -> _Arena:
-        return cls(arena.address, arena.reserved_bytes, arena.obtained, arena.refused)
 
 
 @dataclass
@@ -226,18 +212,10 @@ class _Account:
 
 
 class _Survey:
-    def __init__(
-        self,
-        layout: RuntimeLayout,
-        arenas: Sequence[_Arena],
-        query_pages: Callable[[int, int], PageCount],
-        query_page_sizes: Callable[[int, int], Mapping[int, int]],
-    ) -> None:
+    def __init__(self, layout: RuntimeLayout, arenas: Sequence[ArenaReport]) -> None:
         self._layout = layout
-        self._arenas = sorted(arenas, key=lambda arena: arena.address)
-        self._query_pages = query_pages
-        self._query_page_sizes = query_page_sizes
-        self._sizes: dict[int, Mapping[int, int]] = {}
+        self._arenas = arenas
+        self._starts = [arena.address for arena in arenas]
         self._accounts: dict[tuple[str, int], _Account] = {}
         self._policies: dict[str, set[str]] = {}
         self._replicas: dict[str, list[int]] = {}
@@ -253,16 +231,16 @@ class _Survey:
     def _account(self, rule_id: str, node: int) -> _Account:
         return self._accounts.setdefault((rule_id, node), _Account())
 
-    def add(self, weight: PlacedWeight) -> None:
+    def add(self, weight: PlacedWeight, counts: Sequence[PageCount | None]) -> None:
+        """`counts` of the weight's buffers; None where nothing was asked (a virtual layout)."""
         self._policies.setdefault(weight.rule_id, set()).add(weight.placement.policy)
         self._replicas.setdefault(weight.rule_id, []).append(weight.placement.replicas)
         self._compare(weight)
         wrong: dict[tuple[tuple[int, ...], int | None, bool, int], int] = {}
         doubts: set[str] = set()
-        for buffer in weight.buffers:
+        for buffer, count in zip(weight.buffers, counts, strict=True):
             nodes = tuple(self._node(index) for index in buffer.nodes)
             arena = self._arena_of(buffer.address)
-            count = self._query_pages(buffer.address, buffer.bytes) if self._layout.bound else None
             shares = _asked_bytes(buffer, nodes, count)
             for node, share in shares.items():
                 account = self._account(weight.rule_id, node)
@@ -274,16 +252,13 @@ class _Survey:
                 continue
             self.methods.add(count.method)
             told = sum(count.per_node.values()) + count.absent
-            if (
-                count.method == "unverifiable"
-                or not getattr(count, "exact", True)
-                or told * count.page_bytes < buffer.bytes
-            ):
+            if count.method == "unverifiable" or not count.exact or told * count.page_bytes < buffer.bytes:
                 doubts.add(count.method)
                 for node in nodes:
                     self._account(weight.rule_id, node).known = False
                 continue
-            sizes = self._sizes_of(arena, buffer)
+            # smaps tells of whole mappings: of an arena, not of one buffer in it.
+            sizes = arena.page_bytes if arena is not None else {}
             for key, pages in self._judge(buffer, nodes, count, sizes).items():
                 wrong[key] = wrong.get(key, 0) + pages
                 for node in nodes:
@@ -351,19 +326,10 @@ class _Survey:
                     wrong[nodes, node, True, count.page_bytes] = int(over)
         return wrong
 
-    def _arena_of(self, address: int) -> _Arena | None:
-        for arena in self._arenas:
-            if arena.address <= address < arena.address + arena.bytes:
-                return arena
-        return None
-
-    def _sizes_of(self, arena: _Arena | None, buffer: PlacedBuffer) -> Mapping[int, int]:
-        """Bytes by page size of the arena: smaps tells of whole mappings, and reading it once per buffer would be slow."""
-        key = buffer.address if arena is None else arena.address
-        if key not in self._sizes:
-            span = (buffer.address, buffer.bytes) if arena is None else (arena.address, arena.bytes)
-            self._sizes[key] = self._query_page_sizes(*span)
-        return self._sizes[key]
+    def _arena_of(self, address: int) -> ArenaReport | None:
+        index = bisect_right(self._starts, address) - 1
+        arena = self._arenas[index] if index >= 0 else None
+        return arena if arena is not None and address < arena.address + arena.reserved_bytes else None
 
     def rows(self) -> tuple[NodeRow, ...]:
         order = {rule: index for index, rule in enumerate(self._policies)}

@@ -86,7 +86,7 @@ class Measurement:
                 Finding(
                     "advice",
                     "uneven-bandwidth",
-                    f"node {slow} reads its own memory at {local[slow]:.0f} GB/s, node {fast} at {local[fast]:.0f}",
+                    f"node {slow} reads its own memory at {local[slow]:.3g} GB/s, node {fast} at {local[fast]:.3g}",
                     "look for empty memory channels, another load, or a governor that keeps the clock down on that node",
                 )
             )
