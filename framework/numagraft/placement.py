@@ -319,7 +319,10 @@ def _resolve_auto(
         return Placement("bind", (_whole(units, layout, nodes),), "auto: there is one usable node")
     if size < small_bytes:
         node = _roomiest_first(nodes, layout, free, size)
-        reason = f"auto: {format_size(size)} is less than a fork-join over nodes is worth ({format_size(small_bytes)})"
+        reason = (
+            f"auto: {format_size(size)} is less than the {format_size(small_bytes)} from which a second node saves more "
+            "than its fork-join costs"
+        )
         return Placement("bind", (_whole(units, layout, (node,)),), reason)
     if not gains:
         return _shard(units, layout, nodes, f"auto: {_NO_GAIN.format(len(nodes))}")

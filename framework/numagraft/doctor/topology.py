@@ -117,7 +117,9 @@ def _instructions(circumstances: Circumstances) -> Iterator[Finding]:
             "hurts",
             "backend",
             f"the native backend does not work: {backend.error}",
-            "reinstall numagraft for this Python (pip install --force-reinstall numagraft), and check NUMAGRAFT_ISA",
+            "unset NUMAGRAFT_ISA, or set it to a supported one"
+            if "NUMAGRAFT_ISA" in backend.error
+            else "reinstall numagraft for this Python: pip install --force-reinstall numagraft",
         )
         return
     if backend.sanitizer:

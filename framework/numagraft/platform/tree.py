@@ -169,6 +169,16 @@ def open_dump(path: str | Path) -> Tree:
         raise PlatformError("no such dump", [Problem(str(path), "there is no such file or folder", _DUMP_HINT)])
     try:
         return _read_archive(path)
+    except tarfile.ReadError as error:
+        # Python lists what every way of unpacking said.
+        raise PlatformError(
+            "cannot read the dump",
+            [
+                Problem(
+                    str(path), "it is no tar archive, plain or packed by gzip, bzip2 or xz, or is cut off", _DUMP_HINT
+                )
+            ],
+        ) from error
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise PlatformError(
             "cannot read the dump", [Problem(str(path), f"not a readable archive: {error}", _DUMP_HINT)]
