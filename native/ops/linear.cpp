@@ -23,7 +23,7 @@ std::string shape_of(const MatrixView& m) { return "[" + std::to_string(m.rows) 
 
 float linear_input_error(const WeightFormat& format) {
   if (format.activations == Activations::bf16) return 0.0f;
-  return format.kind == WeightKind::int8 ? 0.0105f : 0.0090f;
+  return 0.0075f;
 }
 
 std::int64_t linear_packed_bytes(std::int64_t out_features, std::int64_t in_features, const WeightFormat& format, bool has_bias,

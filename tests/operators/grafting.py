@@ -58,26 +58,43 @@ def graft(module: nn.Module, *, operator=Linear, policy: str = "bind", nodes: in
     return grafted
 
 
+def replicas(grafted) -> int:
+    """How many copies of every unit there are."""
+    first = grafted.placement.parts[0]
+    return sum((part.begin, part.end) == (first.begin, first.end) for part in grafted.placement.parts)
+
+
 def unpacked_linear(grafted: Linear) -> torch.Tensor:
-    weight = torch.empty(grafted.out_features, grafted.in_features)
-    grafted.weights.unpack(matrix(weight))
-    return weight
+    """The values that the packed weight stands for; replicas must agree."""
+    copies = []
+    for replica in range(replicas(grafted)):
+        copies.append(torch.full((grafted.out_features, grafted.in_features), torch.nan))
+        grafted.weights.unpack(matrix(copies[-1]), replica=replica)
+    assert all(torch.equal(copies[0], copy) for copy in copies)
+    return copies[0]
 
 
 @torch.no_grad()
 def with_unpacked_experts(module: nn.Module, grafted: Experts) -> nn.Module:
     """`module` (fp32, changed in place) with the values that the packed weights stand for."""
     shape = grafted.shape
+    wide, tall = (shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     for expert in range(shape.experts):
-        gate, up = torch.empty(shape.intermediate, shape.hidden), torch.empty(shape.intermediate, shape.hidden)
-        down = torch.empty(shape.hidden, shape.intermediate)
-        grafted.weights.unpack_gate(expert, matrix(gate))
-        grafted.weights.unpack_up(expert, matrix(up))
-        grafted.weights.unpack_down(expert, matrix(down))
+        gate = _unpacked(grafted, "unpack_gate", expert, wide)
+        up = _unpacked(grafted, "unpack_up", expert, wide)
+        down = _unpacked(grafted, "unpack_down", expert, tall)
         fused = torch.stack([gate, up], 1).flatten(0, 1) if shape.gate.interleaved else torch.cat([gate, up])
         module.gate_up_proj[expert] = fused.T if shape.transposed else fused
         module.down_proj[expert] = down.T if shape.transposed else down
     return module
+
+
+def _unpacked(grafted: Experts, method: str, expert: int, shape: tuple[int, int]) -> torch.Tensor:
+    copies = [torch.full(shape, torch.nan) for _ in range(replicas(grafted))]
+    for replica, copy in enumerate(copies):
+        getattr(grafted.weights, method)(expert, matrix(copy), replica=replica)
+    assert all(torch.equal(copies[0], copy) for copy in copies)
+    return copies[0]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
