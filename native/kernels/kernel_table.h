@@ -31,7 +31,7 @@ struct RowBlock {
 };
 
 // One row on its way in: `k` contiguous elements at x. Its integers are x / scale, where scale makes the rounding error
-// at most `target_error` of the row's root mean square (0: 16 bits whatever the data). Rows with a NaN or an infinity get
+// at most `target_error` of the row's typical size (0: 16 bits whatever the data). Rows with a NaN or an infinity get
 // scale NaN, and so an output of NaN.
 struct PrepareArgs {
   const void* x;

@@ -52,9 +52,13 @@ float choose_scale(const PrepareArgs& a, const Spread& spread) {
   if (spread.largest_bits >= 0x7F800000) return __builtin_nanf("");
   if (largest < 1e-34f) return 0.0f;  // its integers would need a reciprocal beyond fp32
   const float one_half = largest / 127.0f;
-  const float rms = __builtin_sqrtf(spread.square_sum / static_cast<float>(a.k));
+  // Of normally distributed inputs the mean magnitude gives the same figure as the root mean square. Where a few channels are
+  // far larger it is smaller, and rightly: weights for such channels tend to be small, the others make the output.
+  const float count = static_cast<float>(a.k);
+  const float rms = __builtin_sqrtf(spread.square_sum / count);
+  const float typical = 1.2533141f * spread.absolute_sum / count;
   // rounding to a grid of step s leaves an error of s / sqrt(12) in the mean square
-  const float wanted = a.target_error * 3.4641016f * rms;
+  const float wanted = a.target_error * 3.4641016f * (typical < rms ? typical : rms);
   float scale = one_half;
   if (wanted < one_half) {
     scale = wanted;

@@ -74,7 +74,8 @@ class LinearWeights {
 std::int64_t linear_packed_bytes(std::int64_t out_features, std::int64_t in_features, const WeightFormat& format, bool has_bias,
                                  const Part& part);
 
-// What rounding the inputs may cost, as a share of their root mean square (docs/kernels.md derives the figures).
-float linear_input_error(const WeightFormat& format);
+// What rounding the inputs may cost, as a share of their typical size (docs/kernels.md derives the figures); `rerounded`:
+// the kernel rounds the weights as well.
+float linear_input_error(const WeightFormat& format, bool rerounded);
 
 }  // namespace numagraft

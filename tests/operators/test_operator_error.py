@@ -47,4 +47,4 @@ def test_the_error_is_within_its_bar(isa, captured):
 
 def limit(row: dict) -> float:
     bar = BARS[row["operator"]][row["format"]]
-    return bar if row["dtype"] == "torch.float32" else (bar**2 + BF16_OUTPUT**2) ** 0.5
+    return bar if row["dtype"] == "float32" else (bar**2 + BF16_OUTPUT**2) ** 0.5
