@@ -150,7 +150,7 @@ class _Reader:
         if file.endswith(".j2"):
             from numagraft.rulefile.template import render
 
-            rendered = render(text, file=file, platform=self.platform())
+            rendered = render(text, file=file, platform=self.platform(), config=self._config)
             return parse(rendered.text, file=file, line_map=rendered.lines)
         return parse(text, file=file)
 
