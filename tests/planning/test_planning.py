@@ -65,7 +65,7 @@ def test_mirrors_that_do_not_fit_name_the_nearest_fix():
     with pytest.raises(PlanError) as caught:
         plan(dense(**BIG), overrides=["vars.placement=mirror"], platform=Platform.virtual(2, memory_per_node=2 << 30))
     text = str(caught.value)
-    assert "does not fit in memory" in text and "generic.yaml:" in text
+    assert "does not fit in memory" in text and "family/llama.yaml:" in text
     assert "nearest change that fits: --set vars.placement=shard" in text
     with pytest.raises(PlanError, match=r"--set vars.format=int4 .* --set vars.placement=shard"):
         plan(dense(**BIG), overrides=["vars.placement=mirror"], platform=Platform.virtual(2, memory_per_node=900 << 20))

@@ -23,7 +23,7 @@ def written() -> str:
 
 
 def test_the_shipped_schema_is_current():
-    hint = "run: PYTHONPATH=tests python -m rulefile.test_schema"
+    hint = "run: python -m tests.rulefile.test_schema"
     assert SHIPPED.read_text() == written(), hint
 
 
