@@ -1,7 +1,7 @@
 """Presets: named rule files from numagraft, directories and packages, and which of them suit a machine and a model. No torch.
 
-A preset of numagraft itself is called `platform/...`, `family/...` or `auto`; one from elsewhere `SOURCE/...`, where SOURCE is
-the directory's, the package's or the added pack's name, so that nothing can take the place of another.
+A preset of numagraft itself is called `platform/...`, `family/...` or `auto`; one from elsewhere `SOURCE/...`, where
+SOURCE is the directory's, the package's or the added pack's name, so that nothing can take the place of another.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def choose_part(name: str, platform: Platform, config: Any = None) -> Chosen:
     for candidate in lattice:
         failed = unmet(candidate, platform, model_type)
         if candidate == FALLBACK_FAMILY:
-            why = "roles cover every family" if model_type is None else f"no preset for {model_type}; roles cover every family"
+            why = f"{f'no preset for {model_type}; ' if model_type else ''}roles cover every family"
             return Chosen(candidate, why, tuple(considered))
         if not failed and candidate == lattice[-1]:
             return Chosen(candidate, _facts(platform), tuple(considered))
