@@ -71,9 +71,10 @@ ExpertIds expert_ids(std::uintptr_t address, std::int64_t tokens, std::int64_t s
   return ExpertIds{reinterpret_cast<const std::int64_t*>(address), tokens, slots, token_stride, slot_stride};  // NOLINT
 }
 
-const KernelTable& chosen_kernels() {
+// The kernels in use, or those of a name.
+const KernelTable& chosen_kernels(const std::string& isa = "") {
   try {
-    return active_kernels();
+    return isa.empty() ? active_kernels() : kernels_by_name(isa.c_str());
   } catch (const std::invalid_argument& error) {
     throw ConfigurationFailure(error.what(), "");
   }
@@ -117,12 +118,12 @@ void bind_weights(py::module_& m) {
 
   py::class_<LinearWeights>(m, "LinearWeights")
       .def(py::init([](std::shared_ptr<Runtime> runtime, std::int64_t out_features, std::int64_t in_features, const WeightFormat& format,
-                       std::vector<Part> parts, bool has_bias, std::string owner) {
-             chosen_kernels();
-             return std::make_unique<LinearWeights>(std::move(runtime), out_features, in_features, format, std::move(parts), has_bias, std::move(owner));
+                       std::vector<Part> parts, bool has_bias, std::string owner, const std::string& isa) {
+             return std::make_unique<LinearWeights>(std::move(runtime), out_features, in_features, format, std::move(parts), has_bias,
+                                                    std::move(owner), chosen_kernels(isa));
            }),
            py::arg("runtime"), py::arg("out_features"), py::arg("in_features"), py::arg("format"), py::arg("parts"), py::arg("has_bias"),
-           py::arg("owner"), Released())
+           py::arg("owner"), py::arg("isa"), Released())
       .def("load_weight", &LinearWeights::load_weight, py::arg("matrix"), py::arg("first_row"), Released())
       .def("load_bias", &LinearWeights::load_bias, py::arg("matrix"), Released())
       .def("missing", &LinearWeights::missing)
@@ -145,11 +146,10 @@ void bind_weights(py::module_& m) {
            py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("has_bias"));
   py::class_<ExpertsWeights>(m, "ExpertsWeights")
       .def(py::init([](std::shared_ptr<Runtime> runtime, const ExpertsShape& shape, const WeightFormat& format, const Gate& gate,
-                       std::vector<Part> parts, std::string owner) {
-             chosen_kernels();
-             return std::make_unique<ExpertsWeights>(std::move(runtime), shape, format, gate, std::move(parts), std::move(owner));
+                       std::vector<Part> parts, std::string owner, const std::string& isa) {
+             return std::make_unique<ExpertsWeights>(std::move(runtime), shape, format, gate, std::move(parts), std::move(owner), chosen_kernels(isa));
            }),
-           py::arg("runtime"), py::arg("shape"), py::arg("format"), py::arg("gate"), py::arg("parts"), py::arg("owner"), Released())
+           py::arg("runtime"), py::arg("shape"), py::arg("format"), py::arg("gate"), py::arg("parts"), py::arg("owner"), py::arg("isa"), Released())
       .def("load", &ExpertsWeights::load, py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("first_expert"), Released())
       .def(
           "load_bias",

@@ -44,7 +44,7 @@ class ExpertsWeights {
   enum class Piece { gate, up, down };
 
   ExpertsWeights(std::shared_ptr<Runtime> runtime, const ExpertsShape& shape, const WeightFormat& format, const Gate& gate,
-                 std::vector<Part> parts, std::string owner);
+                 std::vector<Part> parts, std::string owner, const KernelTable& kernels = active_kernels());
   ~ExpertsWeights();
   ExpertsWeights(const ExpertsWeights&) = delete;
   ExpertsWeights& operator=(const ExpertsWeights&) = delete;

@@ -19,9 +19,13 @@ ExpertsPlace place_experts(const ExpertsShape& shape, const WeightFormat& format
   if (part.begin >= part.end) return place;
   const std::int64_t alignment = input_alignment(format);
   place.frame_begin = part.begin / alignment * alignment;
-  place.frame = (part.end - place.frame_begin + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
+  // Whole groups, also where the part ends inside one; the last frame ends with the features.
+  const std::int64_t left = shape.intermediate - place.frame_begin;
+  const std::int64_t grouped = (part.end - place.frame_begin + alignment - 1) / alignment * alignment;
+  const std::int64_t inputs = grouped < left ? grouped : left;
+  place.frame = (inputs + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
   place.gate_up = place_matrix(format, 2 * place.frame, shape.hidden, shape.has_bias, 0);
-  place.down = place_matrix(format, shape.hidden, place.frame, shape.has_bias, place.gate_up.end);
+  place.down = place_matrix(format, shape.hidden, inputs, shape.has_bias, place.gate_up.end);
   place.stride = place.down.end;
   return place;
 }
@@ -31,9 +35,9 @@ std::int64_t experts_packed_bytes(const ExpertsShape& shape, const WeightFormat&
 }
 
 ExpertsWeights::ExpertsWeights(std::shared_ptr<Runtime> runtime, const ExpertsShape& shape, const WeightFormat& format,
-                               const Gate& gate, std::vector<Part> parts, std::string owner)
+                               const Gate& gate, std::vector<Part> parts, std::string owner, const KernelTable& kernels)
     : runtime_(std::move(runtime)),
-      kernels_(&active_kernels()),
+      kernels_(&kernels),
       shape_(shape),
       format_(format),
       gate_(gate),

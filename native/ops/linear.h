@@ -24,7 +24,8 @@ class LinearWeights {
  public:
   // Throws ConfigurationFailure (format), PlacementFailure (parts, memory).
   LinearWeights(std::shared_ptr<Runtime> runtime, std::int64_t out_features, std::int64_t in_features,
-                const WeightFormat& format, std::vector<Part> parts, bool has_bias, std::string owner);
+                const WeightFormat& format, std::vector<Part> parts, bool has_bias, std::string owner,
+                const KernelTable& kernels = active_kernels());
   ~LinearWeights();
   LinearWeights(const LinearWeights&) = delete;
   LinearWeights& operator=(const LinearWeights&) = delete;

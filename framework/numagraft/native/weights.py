@@ -91,7 +91,8 @@ def _native_parts(parts: Sequence[Part]) -> list[_native.Part]:
 class LinearWeights:
     """y = x W^T + b with W [out_features, in_features] packed into the parts (units are output features).
 
-    Raises ConfigurationError (format), PlacementError (parts that do not cover the rows, memory that cannot be had).
+    `isa` names another kernel row than the active one. Raises ConfigurationError (format, isa) and PlacementError (parts
+    that do not cover the rows, memory that cannot be had).
     """
 
     def __init__(
@@ -104,10 +105,18 @@ class LinearWeights:
         parts: Sequence[Part],
         has_bias: bool,
         owner: str,
+        isa: str | None = None,
     ) -> None:
         self.runtime = runtime
         self._weights = _native.LinearWeights(
-            runtime.native, out_features, in_features, format.native(), _native_parts(parts), has_bias, owner
+            runtime.native,
+            out_features,
+            in_features,
+            format.native(),
+            _native_parts(parts),
+            has_bias,
+            owner,
+            isa or "",
         )
 
     def load_weight(self, matrix: Matrix, *, first_row: int = 0) -> None:
@@ -170,8 +179,9 @@ def linear_packed_bytes(
 class ExpertsWeights:
     """The experts of a mixture: gate and up [intermediate, hidden], down [hidden, intermediate], for each expert.
 
-    Units of the parts are intermediate features: shards add partial sums. Raises ConfigurationError (format, gate) and
-    PlacementError (parts that do not cover the features, memory that cannot be had).
+    Units of the parts are intermediate features: shards add partial sums. `isa` names another kernel row than the active
+    one. Raises ConfigurationError (format, gate, isa) and PlacementError (parts that do not cover the features, memory
+    that cannot be had).
     """
 
     def __init__(
@@ -186,6 +196,7 @@ class ExpertsWeights:
         parts: Sequence[Part],
         has_bias: bool,
         owner: str,
+        isa: str | None = None,
     ) -> None:
         self.runtime = runtime
         self._weights = _native.ExpertsWeights(
@@ -195,6 +206,7 @@ class ExpertsWeights:
             _native.Gate(gate.kind, gate.alpha, gate.limit),
             _native_parts(parts),
             owner,
+            isa or "",
         )
 
     def load_experts(

@@ -1,0 +1,228 @@
+"""The linear op on every kernel row this CPU runs, against fp32 with the dequantised weights, and across placements."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_operands import (
+    FORMATS,
+    ISAS,
+    LINEAR_BAR,
+    bf16,
+    describe_worst,
+    error,
+    from_bf16,
+    matrix,
+    name_of,
+    parts,
+    runtime,
+)
+
+from numagraft.errors import WeightError
+from numagraft.native import LinearWeights, WeightFormat
+
+
+class Layer:
+    def __init__(self, out_features, in_features, format, *, isa=None, policy="bind", nodes=1, threads=1, bias=True, seed=0):
+        rng = np.random.default_rng(seed)
+        self.weights = LinearWeights(
+            runtime(nodes, threads),
+            out_features=out_features,
+            in_features=in_features,
+            format=format,
+            parts=parts(policy, nodes, out_features),
+            has_bias=bias,
+            owner="layer",
+            isa=isa,
+        )
+        self.weights.load_weight(matrix(rng.standard_normal((out_features, in_features)).astype(np.float32)))
+        self.bias = rng.standard_normal((1, out_features)).astype(np.float32) if bias else np.zeros((1, out_features), np.float32)
+        if bias:
+            self.weights.load_bias(matrix(self.bias))
+        self.dequantised = np.empty((out_features, in_features), dtype=np.float32)
+        self.weights.unpack(matrix(self.dequantised))
+
+    def __call__(self, x, dtype=np.float32):
+        out = np.full((x.shape[0], self.bias.shape[1]), 77, dtype=dtype)
+        self.weights.forward(matrix(x), matrix(out))
+        return out
+
+    def expected(self, x):
+        return x @ self.dequantised.T + self.bias
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 33, 70, 400])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_row_is_near_fp32_and_scalar(isa, format, tokens):
+    layer, scalar = Layer(70, 600, format, isa=isa), Layer(70, 600, format, isa="scalar")
+    x = np.random.default_rng(tokens).standard_normal((tokens, 600)).astype(np.float32)
+    found, expected = layer(x), layer.expected(x)
+    assert error(found, expected) <= LINEAR_BAR[format.kind] * (1.3 if tokens < 16 else 1), describe_worst(found, expected)
+    reference = scalar(x)
+    assert error(found, reference) <= LINEAR_BAR[format.kind] * 1.5, describe_worst(found, reference)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.kind == "int8"], ids=name_of)
+def test_integer_rows_agree_exactly_but_for_the_last_rounding(format):
+    x = np.random.default_rng(0).standard_normal((20, 300)).astype(np.float32)
+    x[:, 7] *= 40  # so that the high halves are at work
+    outputs = [Layer(50, 300, format, isa=isa)(x) for isa in ISAS]
+    for isa, output in zip(ISAS, outputs, strict=True):
+        assert error(output, outputs[-1]) <= 1e-6, (isa, describe_worst(output, outputs[-1]))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_outlier_channels(isa, format, tokens):
+    """0.2 % of the channels 20 times larger: one scale per token alone would cost 5 % here."""
+    rng = np.random.default_rng(1)
+    layer = Layer(64, 1536, format, isa=isa)
+    x = rng.standard_normal((tokens, 1536)).astype(np.float32)
+    x[:, rng.choice(1536, 3, replace=False)] *= 20
+    found, expected = layer(x), layer.expected(x)
+    assert error(found, expected) <= LINEAR_BAR[format.kind] * (1.3 if tokens < 16 else 1), describe_worst(found, expected)
+    # the control: what one int8 scale per token would have cost
+    scale = np.abs(x).max(axis=1, keepdims=True) / 127
+    assert error(layer.expected(np.round(x / scale) * scale), expected) > 0.03
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_sixteen_bit_activations(isa, kind):
+    layer = Layer(64, 1024, WeightFormat(kind, activations="bf16"), isa=isa)
+    for tokens in (1, 20):
+        x = np.random.default_rng(2).standard_normal((tokens, 1024)).astype(np.float32)
+        # tiles re-round nibbles to int8, which is then what remains
+        assert error(layer(x), layer.expected(x)) <= (9e-3 if isa == "amx" and kind != "int8" and tokens > 1 else 1e-3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_largest_inputs_and_weights_do_not_overflow(isa):
+    layer = Layer(33, 8192, WeightFormat("int8", activations="bf16"), isa=isa)
+    rows = np.sign(layer.dequantised[:4]) * 3.0
+    for tokens in (1, 4):
+        x = np.ascontiguousarray(rows[:tokens], dtype=np.float32)
+        assert error(layer(x), layer.expected(x)) <= 2e-3
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_dtypes_and_strides_of_inputs_and_outputs(isa, kind):
+    layer = Layer(40, 100, WeightFormat(kind), isa=isa)
+    values = from_bf16(bf16(np.random.default_rng(3).standard_normal((6, 100))))
+    plain = layer(values)
+    for x in (bf16(values), values.astype(np.float16), np.asfortranarray(values), np.repeat(values, 2, axis=1)[:, ::2]):
+        assert error(layer(x), plain) <= (1e-3 if x.dtype == np.float16 else 1e-6)
+    half = layer(values, np.float16).astype(np.float32)
+    assert error(half, plain) <= 1e-3
+    assert error(from_bf16(layer(values, np.uint16)), plain) <= 4e-3
+    wide = np.full((6, 64), 77, dtype=np.float32)
+    layer.weights.forward(matrix(values), matrix(wide[:, :40]))
+    assert np.array_equal(wide[:, :40], plain) and (wide[:, 40:] == 77).all()
+
+
+def test_outputs_in_fp16_are_rounded_as_numpy_does():
+    """Subnormals, ties and overflow, through the conversion that ISAs without F16C use too."""
+    values = np.concatenate(
+        [np.float32(2.0) ** np.arange(-30, 18, dtype=np.float32), np.linspace(0.9, 1.1, 500, dtype=np.float32) * 2.0**-14]
+    )
+    values = np.concatenate([values, -values, [65504, 65519, 65520, 1e9]]).astype(np.float32)[:, None]
+    for isa in ISAS:
+        identity = LinearWeights(
+            runtime(), out_features=1, in_features=1, format=WeightFormat("bf16"), parts=parts("bind", 1, 1), has_bias=True, owner="m", isa=isa
+        )
+        identity.load_weight(matrix(np.zeros((1, 1), np.float32)))
+        x = np.zeros((1, 1), np.float32)
+        for value in values[::7]:
+            del identity
+            identity = LinearWeights(
+                runtime(), out_features=1, in_features=1, format=WeightFormat("bf16"), parts=parts("bind", 1, 1), has_bias=True, owner="m", isa=isa
+            )
+            identity.load_weight(matrix(np.zeros((1, 1), np.float32)))
+            identity.load_bias(matrix(value[None, :].copy()))
+            out = np.empty((1, 1), np.float16)
+            identity.forward(matrix(x), matrix(out))
+            with np.errstate(over="ignore"):
+                assert out[0, 0] == value.astype(np.float16)[0], (isa, value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_bad_row_stays_in_its_row(isa, format, bad):
+    layer = Layer(40, 100, format, isa=isa)
+    for tokens in (2, 20):
+        x = np.random.default_rng(4).standard_normal((tokens, 100)).astype(np.float32)
+        clean = layer(x)
+        x[1, 50] = bad
+        found = layer(x)
+        assert not np.isfinite(found[1]).all()
+        others = np.arange(tokens) != 1
+        assert np.array_equal(found[others], clean[others])
+
+
+def test_no_rows_and_wrong_shapes():
+    layer = Layer(40, 100, WeightFormat("int8"))
+    assert layer(np.empty((0, 100), np.float32)).shape == (0, 40)
+    with pytest.raises(WeightError, match=r"found input \[2, 99\] and output \[2, 40\], expected \[T, 100\] and \[T, 40\]"):
+        layer(np.ones((2, 99), np.float32))
+    with pytest.raises(WeightError, match="contiguous"):
+        layer.weights.forward(matrix(np.ones((2, 100), np.float32)), matrix(np.empty((2, 80), np.float32)[:, ::2]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(FORMATS),
+    st.sampled_from(ISAS),
+    st.sampled_from(["shard", "mirror", "interleave", "bind"]),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 150), st.integers(1, 200), st.integers(1, 140)),
+    st.booleans(),
+)
+def test_every_placement_gives_what_one_node_gives(format, isa, policy, nodes, threads, shape, bias):
+    out_features, in_features, tokens = shape
+    x = np.random.default_rng(5).standard_normal((tokens, in_features)).astype(np.float32)
+    one = Layer(out_features, in_features, format, isa=isa, bias=bias)
+    placed = Layer(out_features, in_features, format, isa=isa, policy=policy, nodes=nodes, threads=threads, bias=bias)
+    tolerance = 1e-5 if format.kind != "fp8" or policy != "shard" else 0.05
+    # a replica's few rows may meet other kernels than all rows do
+    if isa == "amx" and format.kind not in ("bf16", "int8"):
+        tolerance = max(tolerance, 0.03)
+    elif isa == "amx":
+        tolerance = max(tolerance, 5e-3)
+    scale = np.linalg.norm(one(x)) + 0.1 * np.linalg.norm(x)
+    assert np.linalg.norm(placed(x) - one(x)) / scale <= tolerance
+
+
+def test_many_threads_may_call_at_once():
+    layer = Layer(128, 256, WeightFormat("int8"), threads=2)
+    x = np.random.default_rng(6).standard_normal((9, 256)).astype(np.float32)
+    expected, failures = layer(x), []
+
+    def work():
+        for _ in range(50):
+            if not np.array_equal(layer(x), expected):
+                failures.append("differs")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_counts():
+    layer = Layer(128, 256, WeightFormat("int8"), policy="shard", nodes=2)
+    before = layer.weights.stats()
+    layer(np.ones((3, 256), np.float32))
+    after = layer.weights.stats()
+    assert after.calls == before.calls + 1 and after.seconds > before.seconds
+    assert after.bytes_read - before.bytes_read == 128 * 256 and after.remote_bytes == 0
