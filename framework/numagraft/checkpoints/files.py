@@ -5,6 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,12 +21,54 @@ _MOST_PER_READ = 1 << 30
 _DROP_EVERY = 64 << 20
 
 
-class UncachedFile:
-    """A read-only file: `pread` into memory of the caller, and `posix_fadvise(DONTNEED)` every 64 MiB.
+#: threads that share a large read, the caller included
+_READERS = min(4, len(os.sched_getaffinity(0)))
+_LEAST_PIECE = 512 << 10
 
-    A mapped file would count as resident until it is closed, and the page cache would hold a second copy of the model. The
-    whole file is dropped each time: file systems cache in folios of up to megabytes, and a range drops only those that lie
-    in it as a whole.
+
+@cache
+def _readers_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=_READERS - 1, thread_name_prefix="numagraft-read")
+
+
+def _readers() -> ThreadPoolExecutor:
+    """The reading threads of this process; a forked child starts its own."""
+    return _readers_of(os.getpid())
+
+
+class Intervals:
+    """Disjoint ranges [begin, end), merged where they touch; remembers which have grown."""
+
+    def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
+        self._grown: set[tuple[int, int]] = set()
+
+    def add(self, begin: int, end: int) -> None:
+        first = bisect_left(self._ranges, begin, key=lambda range_: range_[1])
+        last = bisect_right(self._ranges, end, key=lambda range_: range_[0])
+        merged = self._ranges[first:last]
+        if merged:
+            begin, end = min(begin, merged[0][0]), max(end, merged[-1][1])
+        self._ranges[first:last] = [(begin, end)]
+        self._grown.difference_update(merged)
+        self._grown.add((begin, end))
+
+    def take_grown(self) -> list[tuple[int, int]]:
+        """The ranges that have grown since this was last asked, in order."""
+        grown = sorted(self._grown)
+        self._grown.clear()
+        return grown
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._ranges)
+
+
+class UncachedFile:
+    """A read-only file: `pread` into memory of the caller, and `posix_fadvise(DONTNEED)` for what was read, every 64 MiB.
+
+    A mapped file would count as resident until it is closed, and the page cache would hold a second copy of the model. File
+    systems cache in folios of up to megabytes, and a range drops only those that lie in it as a whole, so neighbouring
+    tensors are dropped together. What was not read yet stays: it may have been read ahead.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,11 +81,29 @@ class UncachedFile:
             ) from error
         self.size = os.fstat(self._descriptor).st_size
         self._undropped = 0
+        self._read = Intervals()
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fills `memory` (bytes) from `offset`; raises CheckpointError where the file ends early."""
         if self._descriptor is None:
             raise CheckpointError(f"{self.path} was closed before all of it was read")
+        # copying out of the page cache is bound by one core's speed, so large reads are shared
+        pieces = max(1, min(_READERS, len(memory) // _LEAST_PIECE))
+        if pieces == 1:
+            self._read_piece(memory, offset)
+        else:
+            step = -(-len(memory) // pieces // mmap.PAGESIZE) * mmap.PAGESIZE
+            starts = range(step, len(memory), step)
+            waiting = [_readers().submit(self._read_piece, memory[at : at + step], offset + at) for at in starts]
+            try:
+                self._read_piece(memory[:step], offset)
+            finally:
+                wait(waiting)
+            for piece in waiting:
+                piece.result()
+        self._note_read(offset, offset + len(memory))
+
+    def _read_piece(self, memory: memoryview, offset: int) -> None:
         done = 0
         while done < len(memory):
             try:
@@ -55,15 +119,19 @@ class UncachedFile:
                     "the file is truncated; copy or download it again"
                 )
             done += count
-        self._undropped += done
+
+    def _note_read(self, begin: int, end: int) -> None:
+        self._read.add(begin, end)
+        self._undropped += end - begin
         if self._undropped >= _DROP_EVERY:
-            self.drop()
+            self._undropped = 0
+            for begin, end in self._read.take_grown():
+                os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def drop(self) -> None:
-        """Asks the kernel to forget the file's pages; those that are dirty, or mapped by others, stay."""
+        """Asks the kernel to forget all of the file's pages; those that are dirty, or mapped by others, stay."""
         if self._descriptor is not None:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            self._undropped = 0
 
     def read_tensor(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
         """Fills a contiguous CPU tensor with the bytes at `offset`."""
