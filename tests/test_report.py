@@ -67,9 +67,9 @@ class Machine:
     def memory_report(self) -> tuple[Arena, ...]:
         return self.arenas
 
-    def verify(self, buffers) -> list[Count]:
+    def survey(self, buffers) -> tuple[list[Count], tuple[Arena, ...]]:
         self.asked += [buffer.address for buffer in buffers]
-        return [self.planted[buffer.address] for buffer in buffers]
+        return [self.planted[buffer.address] for buffer in buffers], self.arenas
 
     def report(self, *weights: PlacedWeight, **options):
         return build_report(weights, self, **options)

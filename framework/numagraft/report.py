@@ -41,7 +41,7 @@ class PlacedRuntime(Protocol):
     @property
     def layout(self) -> RuntimeLayout: ...
     def memory_report(self) -> Sequence[ArenaReport]: ...
-    def verify(self, buffers: Sequence[PlacedBuffer]) -> Sequence[PageCount]: ...
+    def survey(self, buffers: Sequence[PlacedBuffer]) -> tuple[Sequence[PageCount], Sequence[ArenaReport]]: ...
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,18 @@ def build_report(
     first said, for people.
     """
     layout = runtime.layout
-    arenas = sorted(runtime.memory_report(), key=lambda arena: arena.address)
     weights = list(placed)
-    # In one go: the runtime then reads smaps once, and keeps the answers for the operators' remote-byte counters.
     buffers = [buffer for weight in weights for buffer in weight.buffers]
-    counts = iter(runtime.verify(buffers) if layout.bound and buffers else ())
-    survey = _Survey(layout, arenas)
+    found: Sequence[PageCount | None] = [None] * len(buffers)
+    if layout.bound and buffers:
+        # In one go: the runtime reads smaps once, and keeps the answers for the operators' remote-byte counters.
+        found, arenas = runtime.survey(buffers)
+    else:
+        arenas = runtime.memory_report()
+    counts = iter(found)
+    survey = _Survey(layout, sorted(arenas, key=lambda arena: arena.address))
     for weight in weights:
-        survey.add(weight, [next(counts, None) for _ in weight.buffers])
+        survey.add(weight, [next(counts) for _ in weight.buffers])
     refused = sorted({f"mbind is refused ({arena.refused}): {arena.obtained}" for arena in arenas if arena.refused})
     return PlacementReport(
         rows=survey.rows(),

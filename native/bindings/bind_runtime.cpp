@@ -199,6 +199,21 @@ void bind_runtime(py::module_& m) {
             return std::make_pair(std::move(query.counts), query.asked);
           },
           py::arg("buffers"))
+      .def(
+          // verify, and bytes by page size of every arena of memory_report, from one reading of smaps
+          "survey",
+          [](Runtime& runtime, const std::vector<std::pair<std::uintptr_t, std::size_t>>& buffers) {
+            const py::gil_scoped_release release;
+            std::vector<sys::PageRange> ranges;
+            for (const auto& [address, bytes] : buffers) ranges.push_back({address, address + bytes});
+            const std::vector<sys::Mapping> mappings = sys::read_mappings();
+            sys::PageQuery query = runtime.verify(ranges, &mappings);
+            std::vector<Memory::ArenaReport> arenas = runtime.memory_report();
+            std::vector<std::map<std::size_t, std::int64_t>> sizes;
+            for (const auto& arena : arenas) sizes.push_back(sys::count_page_sizes(mappings, arena.address, arena.address + arena.reserved_bytes));
+            return std::make_tuple(std::move(query.counts), std::move(arenas), std::move(sizes));
+          },
+          py::arg("buffers"))
       .def("memory_report", &Runtime::memory_report)
       .def("observe_workers", &observe_workers, py::arg("nodes"), Released())
       .def("time_calls", &time_calls, py::arg("nodes"), py::arg("calls"), py::arg("all_barriers") = 0, py::arg("node_barriers") = 0, Released())

@@ -69,7 +69,7 @@ PageCount count_of(std::span<const std::int16_t> nodes) {
 
 }  // namespace
 
-PageQuery query_ranges(std::span<const PageRange> asked_ranges, bool per_page) {
+PageQuery query_ranges(std::span<const PageRange> asked_ranges, bool per_page, const std::vector<Mapping>* known) {
   PageQuery query;
   std::vector<PageRange> ranges;
   std::size_t total = 0;
@@ -78,8 +78,9 @@ PageQuery query_ranges(std::span<const PageRange> asked_ranges, bool per_page) {
     ranges.push_back({range.begin / base * base, std::max(range.end, range.begin / base * base)});
     total += ranges.back().end - ranges.back().begin;
   }
-  std::vector<Mapping> mappings;
-  if (total >= kWorthSmaps) mappings = read_mappings();
+  std::vector<Mapping> own;
+  if (known == nullptr && total >= kWorthSmaps) own = read_mappings();
+  const std::vector<Mapping>& mappings = known != nullptr ? *known : own;
   std::optional<NumaMaps> maps;
   bool refused = false;
   std::vector<std::int16_t> nodes;

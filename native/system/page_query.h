@@ -36,7 +36,8 @@ struct PageQuery {
   std::vector<std::vector<std::int16_t>> per_page;
   std::int64_t asked = 0;  // pages that move_pages was asked for: one per huge page where smaps proves them
 };
-PageQuery query_ranges(std::span<const PageRange> ranges, bool per_page);
+// `known`: what read_mappings() just told, where the caller needs it too; reading it walks all memory of the process.
+PageQuery query_ranges(std::span<const PageRange> ranges, bool per_page, const std::vector<Mapping>* known = nullptr);
 
 // The lines of /proc/self/numa_maps: pages per node of each mapping, by first address.
 class NumaMaps {

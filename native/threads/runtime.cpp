@@ -264,10 +264,10 @@ Buffer Runtime::allocate(std::size_t bytes, const MemoryTarget& target, const st
 
 void Runtime::release(const Buffer& buffer) { impl_->memory.release(buffer.data); }
 
-sys::PageQuery Runtime::verify(std::span<const sys::PageRange> buffers) {
+sys::PageQuery Runtime::verify(std::span<const sys::PageRange> buffers, const std::vector<sys::Mapping>* known) {
   std::vector<std::shared_ptr<Residency>> residencies;
   for (const sys::PageRange& buffer : buffers) residencies.push_back(impl_->memory.residency_of(reinterpret_cast<const std::byte*>(buffer.begin)));
-  sys::PageQuery query = sys::query_ranges(buffers, true);
+  sys::PageQuery query = sys::query_ranges(buffers, true, known);
   for (std::size_t i = 0; i < residencies.size(); ++i) {
     const sys::PageCount& count = query.counts[i];
     if (!query.per_page[i].empty()) {

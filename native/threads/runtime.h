@@ -76,8 +76,8 @@ class Runtime {
   void release(const Buffer& buffer);
 
   // Asks the kernel where every page of these buffers is, and keeps the answers in their residency, from which operators
-  // count remote bytes. Addresses are those of buffers (std::invalid_argument otherwise).
-  sys::PageQuery verify(std::span<const sys::PageRange> buffers);
+  // count remote bytes. Addresses are those of buffers (std::invalid_argument otherwise). `known`: as in query_ranges.
+  sys::PageQuery verify(std::span<const sys::PageRange> buffers, const std::vector<sys::Mapping>* known = nullptr);
 
   std::vector<Memory::ArenaReport> memory_report() const;
 

@@ -110,22 +110,13 @@ class Runtime:
         """Every arena, in the order of making."""
         arenas = self.native.memory_report()
         sizes = query_page_sizes_of([(arena.address, arena.reserved_bytes) for arena in arenas])
-        return [
-            ArenaReport(
-                arena.address,
-                arena.reserved_bytes,
-                arena.used_bytes,
-                arena.buffers,
-                tuple(arena.nodes),
-                tuple(arena.os_nodes),
-                arena.interleaved,
-                arena.obtained,
-                arena.refused,
-                arena.pages,
-                page_bytes,
-            )
-            for arena, page_bytes in zip(arenas, sizes, strict=True)
-        ]
+        return [_arena_report(arena, page_bytes) for arena, page_bytes in zip(arenas, sizes, strict=True)]
+
+    def survey(self, buffers: Sequence[PlacedBuffer]) -> tuple[list[PageCount], list[ArenaReport]]:
+        """`verify` and `memory_report` in one: smaps, whose reading walks all memory of the process, is read once."""
+        counts, arenas, sizes = self.native.survey([(buffer.address, buffer.bytes) for buffer in buffers])
+        found = [_arena_report(arena, page_bytes) for arena, page_bytes in zip(arenas, sizes, strict=True)]
+        return [page_count(count) for count in counts], found
 
     def observe_workers(self, nodes: Sequence[int] | None = None) -> list[WorkerPlace]:
         """Runs one call on the given runtime nodes (default: all with threads) and says where each worker ran."""
@@ -140,3 +131,19 @@ class Runtime:
 
     def _with_threads(self, nodes: Sequence[int] | None) -> list[int]:
         return [i for i, node in enumerate(self.layout.nodes) if node.threads] if nodes is None else list(nodes)
+
+
+def _arena_report(arena: _native.ArenaReport, page_bytes: Mapping[int, int]) -> ArenaReport:
+    return ArenaReport(
+        arena.address,
+        arena.reserved_bytes,
+        arena.used_bytes,
+        arena.buffers,
+        tuple(arena.nodes),
+        tuple(arena.os_nodes),
+        arena.interleaved,
+        arena.obtained,
+        arena.refused,
+        arena.pages,
+        page_bytes,
+    )
