@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from numagraft import native
 from numagraft.contract import Accepted, Footprint, Operator, Rejected, Units
@@ -180,7 +181,7 @@ class Experts(PackedOperator):
         weights = routing_weights if top_k_weights is None else top_k_weights
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
             self.refuse_grad(hidden_states if hidden_states.requires_grad else weights)
-        if type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not torch.compiler.is_compiling():
+        if type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not is_compiling():
             return self.compute(hidden_states, index, weights)
         if hidden_states.device.type in ("cpu", "meta"):
             return torch.ops.numagraft.experts(hidden_states, index, weights, self._handle)
@@ -199,11 +200,12 @@ class Experts(PackedOperator):
                 self.refuse_dtype(tensor)
         out = x.new_empty(x.shape)
         if out.numel():
-            # named, because a reshape may copy: the tensors must outlive the call
-            k = index.shape[-1]
-            rows, into = x.reshape(-1, self.shape.hidden), out.view(-1, self.shape.hidden)
-            chosen, shares = index.to(torch.int64).reshape(-1, k), weights.reshape(-1, k)
-            self.weights.forward(matrix(rows), matrix(chosen), matrix(shares), matrix(into))
+            # named, because each may be a copy: the tensors must outlive the call
+            rows, chosen, shares = x.contiguous(), index.to(torch.int64).contiguous(), weights.contiguous()
+            self.weights.forward_rows(
+                *(rows.data_ptr(), DTYPES[x.dtype], x.numel() // self.shape.hidden),
+                *(chosen.data_ptr(), index.shape[-1], shares.data_ptr(), DTYPES[weights.dtype], out.data_ptr()),
+            )
         return out
 
     def extra_repr(self) -> str:

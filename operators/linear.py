@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from numagraft import native
 from numagraft.contract import Accepted, Footprint, Operator, Rejected, Units
@@ -91,7 +92,7 @@ class Linear(PackedOperator):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.requires_grad and torch.is_grad_enabled():
             self.refuse_grad(input)
-        if type(input) is torch.Tensor and input.is_cpu and not torch.compiler.is_compiling():
+        if type(input) is torch.Tensor and input.is_cpu and not is_compiling():
             return self.compute(input)
         if input.device.type in ("cpu", "meta"):
             return torch.ops.numagraft.linear(input, self._handle, self.out_features)
@@ -107,7 +108,11 @@ class Linear(PackedOperator):
         if x.dtype not in DTYPES:
             self.refuse_dtype(x)
         out = x.new_empty((*shape[:-1], self.out_features))
-        if out.numel():
+        if not out.numel():
+            return out
+        if x.is_contiguous():
+            self.weights.forward_rows(x.data_ptr(), DTYPES[x.dtype], x.numel() // self.in_features, out.data_ptr())
+        else:
             rows = x.reshape(-1, shape[-1])  # named, because it may copy: the tensor must outlive the call
             self.weights.forward(matrix(rows), matrix(out.view(-1, self.out_features)))
         return out

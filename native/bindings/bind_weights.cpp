@@ -128,6 +128,13 @@ void bind_weights(py::module_& m) {
       .def("load_bias", &LinearWeights::load_bias, py::arg("matrix"), Released())
       .def("missing", &LinearWeights::missing)
       .def("forward", &LinearWeights::forward, py::arg("x"), py::arg("out"), Released())
+      .def(
+          "forward_rows",
+          [](LinearWeights& weights, std::uintptr_t x, const std::string& dtype, std::int64_t rows, std::uintptr_t out) {
+            weights.forward(view(x, dtype, rows, weights.in_features(), weights.in_features(), 1),
+                            view(out, dtype, rows, weights.out_features(), weights.out_features(), 1));
+          },
+          Released())
       .def("unpack", &LinearWeights::unpack, py::arg("out"), py::arg("replica"), Released())
       .def("buffers", &LinearWeights::buffers)
       .def_property_readonly("packed_bytes", &LinearWeights::packed_bytes)
@@ -159,6 +166,15 @@ void bind_weights(py::module_& m) {
           py::arg("piece"), py::arg("expert"), py::arg("values"), Released())
       .def("missing", &ExpertsWeights::missing)
       .def("forward", &ExpertsWeights::forward, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"), Released())
+      .def(
+          "forward_rows",
+          [](ExpertsWeights& experts, std::uintptr_t x, const std::string& dtype, std::int64_t tokens, std::uintptr_t ids,
+             std::int64_t slots, std::uintptr_t weights, const std::string& weights_dtype, std::uintptr_t out) {
+            const std::int64_t hidden = experts.shape().hidden;
+            experts.forward(view(x, dtype, tokens, hidden, hidden, 1), expert_ids(ids, tokens, slots, slots, 1),
+                            view(weights, weights_dtype, tokens, slots, slots, 1), view(out, dtype, tokens, hidden, hidden, 1));
+          },
+          Released())
       .def(
           "unpack",
           [](const ExpertsWeights& weights, const std::string& piece, std::int64_t expert, const MatrixView& out, int replica) {

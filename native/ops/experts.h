@@ -59,6 +59,7 @@ class ExpertsWeights {
   void forward(const MatrixView& x, const ExpertIds& ids, const MatrixView& weights, const MatrixView& out);
   void unpack(Piece piece, std::int64_t expert, const MatrixView& out, int replica) const;
 
+  const ExpertsShape& shape() const { return shape_; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   std::int64_t packed_bytes() const;
   OperatorStats stats() const { return traffic_.stats(); }

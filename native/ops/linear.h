@@ -37,6 +37,8 @@ class LinearWeights {
   void forward(const MatrixView& x, const MatrixView& out);
   void unpack(const MatrixView& out, int replica) const;  // dequantised
 
+  std::int64_t in_features() const { return in_features_; }
+  std::int64_t out_features() const { return out_features_; }
   const std::vector<Buffer>& buffers() const { return buffers_; }
   std::int64_t packed_bytes() const;
   OperatorStats stats() const { return traffic_.stats(); }

@@ -6,7 +6,7 @@ the GIL. Loading is for one thread at a time; `forward` may be called from many 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,6 +141,12 @@ class LinearWeights:
         """
         self._weights.forward(x.view(), out.view())
 
+    @property
+    def forward_rows(self) -> Callable[[int, str, int, int], None]:
+        """`forward(x address, dtype, rows, out address)` of contiguous x and out of one dtype: 3 us less per call than two
+        `Matrix`, which is what a small layer takes to decode a token. Nothing is checked but the dtype."""
+        return self._weights.forward_rows
+
     def unpack(self, out: Matrix, *, replica: int = 0) -> None:
         """The dequantised weight [out_features, in_features]: what the packed bytes mean."""
         self._weights.unpack(out.view(), replica)
@@ -260,6 +266,12 @@ class ExpertsWeights:
             raise WeightError(f"expert ids are {ids.dtype}, expected i64")
         chosen = _native.ExpertIds(ids.address, ids.rows, ids.columns, ids.row_stride, ids.column_stride)
         self._weights.forward(x.view(), chosen, weights.view(), out.view())
+
+    @property
+    def forward_rows(self) -> Callable[[int, str, int, int, int, int, str, int], None]:
+        """`forward(x address, dtype, tokens, ids address, slots, weights address, their dtype, out address)` of contiguous
+        tensors, out of x's dtype."""
+        return self._weights.forward_rows
 
     def unpack_gate(self, expert: int, out: Matrix, *, replica: int = 0) -> None:
         """The dequantised gate [intermediate, hidden] of one expert: what the packed bytes mean."""
