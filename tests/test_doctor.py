@@ -355,8 +355,25 @@ def test_command_json_can_be_replayed(command, tmp_path):
     assert json.loads(again.stdout)["platform"]["nodes"] == data["platform"]["nodes"]
 
 
+@pytest.mark.parametrize(
+    ("refused", "words", "allowed"),
+    [({}, "binding allowed (tried on one page)", True), ({"mbind": "EPERM"}, "refused: mbind: EPERM", False)],
+)
+def test_whether_binding_is_allowed_is_told(refused, words, allowed):
+    from rich.console import Console
+
+    diagnosis = look(refused=refused)
+    console = Console(width=300)
+    with console.capture() as captured:
+        console.print(diagnosis)
+    assert words in captured.get()
+    assert json.loads(diagnosis.to_json())["binding_allowed"] is allowed
+
+
 def test_command_here(command):
     result = command("--json")
     data = json.loads(result.stdout)
     assert data["platform"]["live"] is True
+    assert data["backend"]["isa"] in data["backend"]["supported"]
+    assert data["binding_allowed"] is ("mbind" not in data["refused"])
     assert result.exit_code == (0 if data["ok"] else 1)

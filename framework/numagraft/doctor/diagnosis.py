@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,13 @@ _STYLES = {"hurts": "bold red", "advice": "yellow", "note": "dim"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Findings, the worst first. `ok`: nothing hurts."""
+    """Findings, the worst first. `ok`: nothing hurts. `refused`: system call -> errno name, None where none was tried."""
 
     platform: Platform
     findings: tuple[Finding, ...]
     backend: Backend | None = None
     measurement: Measurement | None = None
+    refused: Mapping[str, str] | None = None
 
     @property
     def ok(self) -> bool:
@@ -48,6 +49,8 @@ class Diagnosis:
             {
                 "ok": self.ok,
                 "findings": to_plain(self.findings),
+                "binding_allowed": None if self.refused is None else "mbind" not in self.refused,
+                "refused": to_plain(self.refused),
                 "backend": to_plain(self.backend),
                 "measurement": to_plain(self.measurement),
                 "platform": json.loads(self.platform.to_json()),
@@ -70,7 +73,7 @@ class Diagnosis:
         count = sum(finding.severity == "hurts" for finding in self.findings)
         summary = "nothing here would hurt" if self.ok else f"{count} finding{'s' if count > 1 else ''} would hurt"
         return Group(
-            Text(_headline(self.platform, self.backend), style="bold"),
+            Text(_headline(self), style="bold"),
             _nodes_table(self.platform),
             *_distances(self.platform),
             *([self.measurement] if self.measurement is not None else []),
@@ -84,10 +87,11 @@ def diagnose(circumstances: Circumstances, *, measurement: Measurement | None = 
     findings = [finding for judge in JUDGES for finding in judge(circumstances)]
     findings += measurement.findings() if measurement is not None else []
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Diagnosis(circumstances.platform, tuple(findings), circumstances.backend, measurement)
+    return Diagnosis(circumstances.platform, tuple(findings), circumstances.backend, measurement, circumstances.refused)
 
 
-def _headline(platform: Platform, backend: Backend | None) -> str:
+def _headline(diagnosis: Diagnosis) -> str:
+    platform, backend = diagnosis.platform, diagnosis.backend
     cores = platform.cores()
     parts = [
         platform.cpu.model or platform.cpu.vendor or "unknown CPU",
@@ -96,6 +100,9 @@ def _headline(platform: Platform, backend: Backend | None) -> str:
         f"{len(cores)} usable core{'s' if len(cores) != 1 else ''}",
         f"kernels: {backend.isa}" if backend is not None and backend.isa else f"can run: {', '.join(platform.isa)}",
     ]
+    if diagnosis.refused is not None:
+        told = ", ".join(f"{call}: {outcome}" for call, outcome in diagnosis.refused.items())
+        parts.append(f"refused: {told}" if told else "binding allowed (tried on one page)")
     return (f"{platform.source}: " if not platform.live else "") + " · ".join(parts)
 
 
