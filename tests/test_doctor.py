@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -377,3 +379,38 @@ def test_command_here(command):
     assert data["backend"]["isa"] in data["backend"]["supported"]
     assert data["binding_allowed"] is ("mbind" not in data["refused"])
     assert result.exit_code == (0 if data["ok"] else 1)
+
+
+@pytest.mark.parametrize(
+    ("calls", "topics", "method"),
+    [
+        (
+            ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "migrate_pages"),
+            {"binding", "page-query"},
+            "first touch",
+        ),
+        (("sched_setaffinity",), {"pinning"}, ""),
+        ((), set(), ""),
+    ],
+    ids=["docker", "no pinning", "no filter"],
+)
+def test_under_a_real_filter(calls, topics, method):
+    """In a child, since a filter stays."""
+    code = f"""
+import errno
+from tests.native.seccomp import refuse
+refuse({calls!r}, errno.EPERM) if {calls!r} else None
+from numagraft.doctor import Circumstances, diagnose
+from numagraft.platform import Platform
+print(diagnose(Circumstances.of(Platform.detect())).to_json())
+"""
+    root = Path(__file__).resolve().parent.parent
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    data = json.loads(shown)
+    found = {each["topic"]: each for each in data["findings"]}
+    assert topics == {"binding", "page-query", "pinning"} & set(found)
+    assert data["ok"] is False or "pinning" not in topics
+    assert set(data["refused"]) == set(calls) - {"migrate_pages"}
+    if method:
+        assert method in found["binding"]["found"]
+        assert data["platform"]["policy"] == {"mode": "unknown", "nodes": [], "note": "get_mempolicy: EPERM"}
