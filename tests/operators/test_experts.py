@@ -6,10 +6,10 @@ from families import build, expert_classes
 from grafting import EXPERTS_BARS, graft, relative_error, skeleton, with_unpacked_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_experts import filled, gpt_oss, qwen, routed
 from torch import nn
-from transformers import GptOssConfig, Qwen3MoeConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from numagraft.contract import Rejected
 from numagraft.errors import UnsupportedOperationError, WeightError
@@ -19,33 +19,6 @@ from numagraft.operators.params import PackedParams
 
 FORMATS = ("bf16", "int8", "int4")
 NAMED = ("Qwen3MoeExperts", "MixtralExperts", "DeepseekV3Experts", "Glm4MoeExperts", "OlmoeExperts", "GptOssExperts")
-
-
-@torch.no_grad()
-def filled(module: nn.Module) -> nn.Module:
-    """Weights such that hidden activations keep the size of their inputs; eager forward."""
-    torch.manual_seed(1)
-    for name, parameter in module.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape) * (0.3 if name.endswith("bias") else parameter.shape[-1] ** -0.5))
-    module.config._experts_implementation = "eager"
-    return module.requires_grad_(False)
-
-
-def qwen(experts: int = 6, hidden: int = 64, intermediate: int = 96, top_k: int = 2) -> Qwen3MoeExperts:
-    sizes = {"num_experts": experts, "hidden_size": hidden, "moe_intermediate_size": intermediate}
-    return filled(Qwen3MoeExperts(Qwen3MoeConfig(**sizes, num_experts_per_tok=top_k)))
-
-
-def gpt_oss(experts: int = 6, hidden: int = 64, intermediate: int = 96) -> GptOssExperts:
-    sizes = {"num_local_experts": experts, "hidden_size": hidden, "intermediate_size": intermediate}
-    return filled(GptOssExperts(GptOssConfig(**sizes)))
-
-
-def routed(tokens: int, experts: int, top_k: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts per token and weights that sum to one."""
-    scores = torch.randn(tokens, experts)
-    weights, index = scores.softmax(-1).topk(top_k, -1)
-    return index, weights / weights.sum(-1, keepdim=True)
 
 
 def graft_experts(module: nn.Module, **kwargs) -> Experts:
