@@ -83,6 +83,7 @@ class Planner:
         self._plan_problems = Problems()
         self._usable: dict[str, Usable | None] = {}
         self._rejections: dict[tuple[str, str], list[str]] = {}
+        self._rejected: dict[tuple[str, str], str] = {}
         self._kept_because: dict[str, str] = {}
         self._notes: dict[str, str] = {}
         self.placed: list[Placed] = []
@@ -92,8 +93,8 @@ class Planner:
         config = getattr(self._model, "config", None)
         check_requires(self._rules, self._platform, getattr(config, "model_type", None), self._plan_problems)
         for rule in self._rules.rules:
-            self._prepare(rule)
-        matches = match(self._model, self._rules, judge=self._judge, problems=self._rule_problems)
+            self.prepare(rule)
+        matches = match(self._model, self._rules, judge=self.judge, problems=self._rule_problems)
         modules = self._place(matches)
         fallbacks = self._report_rejections()
         self._raise()
@@ -128,7 +129,7 @@ class Planner:
     def _layout_notes(self) -> tuple[str, ...]:
         return tuple(getattr(self._layout, "notes", ()))
 
-    def _prepare(self, rule: Rule) -> None:
+    def prepare(self, rule: Rule) -> None:
         """The rule's operator, kwargs and device, checked before any module is looked at."""
         self._usable[rule.id] = None
         if rule.replace.operator == DEFAULT:
@@ -149,7 +150,8 @@ class Planner:
         if params is not None:
             self._usable[rule.id] = Usable(operator, params, device)
 
-    def _judge(self, info: ModuleInfo, rule: Rule) -> Verdict:
+    def judge(self, info: ModuleInfo, rule: Rule) -> Verdict:
+        """Whether the rule takes the module, gives way, or keeps it: what its operator says of the module."""
         if rule.replace.operator == DEFAULT:
             return "take"
         usable = self._usable[rule.id]
@@ -166,6 +168,7 @@ class Planner:
                 self._notes[info.name] = note
                 return "take"
         self._rejections.setdefault((rule.id, verdict.reason), []).append(info.name)
+        self._rejected[rule.id, info.name] = verdict.reason
         if rule.on_unavailable == "error":
             return "take"
         if rule.on_unavailable == "keep":
@@ -201,7 +204,7 @@ class Planner:
                     modules.append(_planned(info, rule, rule.replace.device, None, None, {}, {}, 0, "kept"))
                 continue
             usable = self._usable[rule.id]
-            if usable is None or (rule.id in failed) or self._was_rejected(rule, info.name):
+            if usable is None or (rule.id in failed) or self.rejection(rule, info.name):
                 continue
             try:
                 modules.append(self._place_one(decision, rule, usable, placer))
@@ -215,8 +218,9 @@ class Planner:
                     self._plan_problems.add(place, str(error))
         return modules
 
-    def _was_rejected(self, rule: Rule, name: str) -> bool:
-        return any(id_ == rule.id and name in names for (id_, _), names in self._rejections.items())
+    def rejection(self, rule: Rule, name: str) -> str:
+        """Why the rule's operator rejected the module, or ""."""
+        return self._rejected.get((rule.id, name), "")
 
     def _place_one(self, decision: Decision, rule: Rule, usable: Usable, placer: Placer) -> PlannedModule:
         info = decision.info
