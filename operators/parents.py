@@ -12,7 +12,15 @@ from torch import nn
 # what a parent may ask of a child's weight once it is packed: placeholders.AbsentWeight answers these
 _PEEKS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "element_size", "is_floating_point", "requires_grad"}
 # never part of computing with a loaded model
-_SETUP = {"__init__", "_init_weights", "reset_parameters", "tie_weights", "_tie_weights", "set_output_embeddings"}
+_SETUP = {
+    "__init__",
+    "_init_weights",
+    "_reset_parameters",
+    "_tie_weights",
+    "reset_parameters",
+    "set_output_embeddings",
+    "tie_weights",
+}
 _WEIGHTS = {"weight", "bias", "gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
 
 
@@ -29,17 +37,17 @@ def computes_with(parent: nn.Module, attribute: str) -> str | None:
 
 
 @cache
-def _uses(cls: type) -> frozenset[tuple[str, str]]:
+def _uses(cls: type) -> tuple[tuple[str, str], ...]:
     """(child, method) for every `self.child.weight` in the class that is more than a peek."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
-        return frozenset()
+        return ()
     found = set()
     for method in tree.body[0].body:
         if isinstance(method, ast.FunctionDef) and method.name not in _SETUP:
             found |= {(child, method.name) for child in _computed_children(method)}
-    return frozenset(found)
+    return tuple(sorted(found))  # always the same one is named
 
 
 def _computed_children(method: ast.FunctionDef) -> set[str]:

@@ -137,19 +137,19 @@ def test_a_planted_misplacement_is_refused_before_the_model_is_returned(
 
     from numagraft import native
 
-    real = native.query_pages
+    real = native.Runtime.survey
 
-    def elsewhere(address: int, bytes: int) -> Any:
-        count = real(address, bytes)
-        return replace(count, per_node={77: sum(count.per_node.values())}, absent=0)
+    def elsewhere(runtime: Any, buffers: Any) -> Any:
+        counts, arenas = real(runtime, buffers)
+        return [replace(count, per_node={77: sum(count.per_node.values())}, absent=0) for count in counts], arenas
 
     assert load_and_optimize(saved).placement_report().ok
-    monkeypatch.setattr(native, "query_pages", elsewhere)
+    monkeypatch.setattr(native.Runtime, "survey", elsewhere)
     with pytest.raises(PlacementError, match="node 77"):
         load_and_optimize(saved)
     tolerant = load_and_optimize(saved, overrides=["runtime.strict=false"])
     assert not tolerant.placement_report().ok
-    monkeypatch.setattr(native, "query_pages", real)
+    monkeypatch.setattr(native.Runtime, "survey", real)
     assert tolerant.placement_report().ok  # asked again, the truth
 
 
