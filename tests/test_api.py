@@ -248,3 +248,48 @@ def test_smollm2_answers(smollm2_gguf: Path) -> None:
     chat = pipeline("text-generation", model=model, tokenizer=load_tokenizer(smollm2_gguf), device="cpu")
     answer = chat([{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=12, do_sample=False)
     assert "Paris" in answer[0]["generated_text"][-1]["content"]
+
+
+def test_each_original_weight_is_freed_as_it_is_packed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    model = models.build(models.CONFIGS[family]())
+    weights = {
+        name: weakref.ref(parameter)
+        for name, parameter in model.named_parameters()
+        if name.endswith("proj.weight") or ".experts." in name
+    }
+    alive: list[int] = []
+    original = Linear.finish
+
+    def count(self: Any) -> None:
+        alive.append(sum(reference() is not None for reference in weights.values()))
+        original(self)
+
+    monkeypatch.setattr(Linear, "finish", count)
+    optimize(model)
+    assert len(weights) > 8
+    assert all(reference() is None for reference in weights.values())
+    # by the time the last layer is packed, at most its own weights are still there
+    assert alive == sorted(alive, reverse=True) and alive[-1] <= 1 < alive[0]
+
+
+def test_arguments_for_the_model_reach_it(saved: Path) -> None:
+    model = load_and_optimize(saved, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_experts_from_a_gguf_file(tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType
+
+    from numagraft.checkpoints import open_checkpoint
+    from tests.checkpoints.test_gguf import config_for, write
+
+    path = write(tmp_path / "moe.gguf", "qwen3moe", config_for("qwen3moe"), kind=GGMLQuantizationType.Q8_0)
+    with open_checkpoint(path) as source:
+        original = models.build(source.config)
+        source.bind(original)
+        original.load_state_dict({name: tensor.read() for name, tensor in source.items()})
+    model = load_and_optimize(path, overrides=["vars.format=bf16"])
+    assert isinstance(model.model.layers[0].mlp.experts, Experts)
+    assert relative(logits(model), logits(original)) < 5e-2
