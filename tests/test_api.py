@@ -71,6 +71,26 @@ def test_all_doors_give_the_same_model(saved: Path, family: str) -> None:
     assert torch.equal(logits(by_path), logits(by_config))
 
 
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_families_with_other_names_and_shapes(name: str, tmp_path: Path) -> None:
+    """Both doors, in bf16, where every weight is itself and only the inner products round."""
+    from transformers import AutoModelForCausalLM
+
+    original = models.build(models.FAMILIES[name](), dtype=torch.bfloat16)
+    for buffer_name, buffer in original.named_buffers():
+        if "correction" in buffer_name:
+            buffer.copy_(torch.rand_like(buffer))
+    path = models.save(original, tmp_path)
+    model = load_and_optimize(path, overrides=["vars.format=bf16"])
+    assert relative(logits(model), logits(original)) < 3e-2
+    assert model.num_parameters() == original.num_parameters()
+    other = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=GraftConfig(overrides=["vars.format=bf16"])
+    )
+    assert torch.equal(logits(other), logits(model))
+    assert {n: p.dtype for n, p in other.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+
+
 def test_plan_reads_no_weight_and_says_what_load_does(
     saved: Path, original: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
