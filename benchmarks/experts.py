@@ -109,22 +109,18 @@ def work_of(options: argparse.Namespace, *, distinct: int, expert_bytes: float) 
 
 
 def prepared_calls(options: argparse.Namespace, layers: list[Any], *, experts: int) -> Iterator[Prepared]:
-    from numagraft.native import Matrix
-
     expert_bytes = sum(layer.packed_bytes for layer in layers) / len(layers) / experts
     xs = inputs(options.tokens, options.hidden, count=4)
     out = np.empty((options.tokens, options.hidden), dtype=np.uint16)
-    to = view(out, dtype="bf16")
+    forwards = [layer.forward_rows for layer in layers]  # as the operator calls it
     for made in rotation.calls(layers=len(layers), experts=experts, topk=options.topk, tokens=options.tokens):
         x = next(xs)
-        ids = Matrix(made.ids.ctypes.data, "i64", options.tokens, options.topk, options.topk)
-        weights = view(made.weights, dtype="f32")
-        layer, given = layers[made.layer], view(x, dtype="bf16")
 
-        def call(
-            layer: Any = layer, given: Any = given, ids: Any = ids, weights: Any = weights, alive: Any = made
-        ) -> None:
-            layer.forward(given, ids, weights, to)
+        addresses = (x.ctypes.data, "bf16", options.tokens, made.ids.ctypes.data, options.topk)
+        addresses += (made.weights.ctypes.data, "f32", out.ctypes.data)
+
+        def call(forward: Any = forwards[made.layer], addresses: tuple = addresses, alive: Any = (x, made)) -> None:
+            forward(*addresses)
 
         yield call, work_of(options, distinct=made.distinct, expert_bytes=expert_bytes)
 

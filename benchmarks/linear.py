@@ -54,11 +54,13 @@ def prepared_calls(options: argparse.Namespace, layers: list[Any]) -> Iterator[P
         operations=2.0 * options.tokens * options.in_features * options.out_features,
     )
     out = np.empty((options.tokens, options.out_features), dtype=np.uint16)
-    to = view(out, dtype="bf16")
-    for layer, x in zip(cycle(layers), inputs(options.tokens, options.in_features, count=4), strict=False):
+    given = inputs(options.tokens, options.in_features, count=4)
+    forwards = cycle([layer.forward_rows for layer in layers])  # as the operator calls it
+    for forward, x in zip(forwards, given, strict=False):
+        addresses = (x.ctypes.data, "bf16", options.tokens, out.ctypes.data)
 
-        def call(layer: Any = layer, given: Any = view(x, dtype="bf16"), alive: Any = x) -> None:
-            layer.forward(given, to)
+        def call(forward: Any = forward, addresses: tuple = addresses, alive: Any = x) -> None:
+            forward(*addresses)
 
         yield call, work
 

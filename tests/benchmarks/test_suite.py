@@ -93,3 +93,24 @@ def test_results_are_kept_with_resume(tmp_path, capsys, monkeypatch):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["cases"] == 2 and last["failed"] == []
     assert suite.main(["--json", str(out), "--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("module", "sizes"),
+    [
+        (experts, ["--hidden", "128", "--intermediate", "192", "--experts", "8", "--topk", "2"]),
+        (linear, ["--in", "192", "--out", "320"]),
+    ],
+)
+def test_operator_benchmarks_print_every_key(module, sizes, format, tokens, capsys):
+    arguments = [*sizes, "--tokens", str(tokens), "--format", format, "--memory-gib", "0.002", "--rounds", "1"]
+    assert module.main([*arguments, "--seconds", "0.01", "--error", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    keys = "us_median us_p10 us_p90 weight_gbps stream_gbps fraction_of_stream tops peak_tops fraction_of_peak isa "
+    assert set((keys + "limit_us fraction_of_limit packing_gb_per_s").split()) <= set(found)
+    assert found["us_p10"] <= found["us_median"] <= found["us_p90"]
+    assert found["fraction_of_limit"] == pytest.approx(max(found["fraction_of_stream"], found["fraction_of_peak"]))
+    # a wrong expert, layout or scale gives an error near 1
+    assert found["error_dequantised"] < 0.03
