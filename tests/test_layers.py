@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"platform", "runtime", "placement"}),
     frozenset({"native"}),
     frozenset({"report", "doctor", "contract", "registry"}),
-    frozenset({"rulefile", "presets", "params"}),
+    frozenset({"rulefile", "presets", "sharing", "params"}),
     frozenset({"roles", "matching"}),
     frozenset({"planning", "plans"}),
     frozenset(
