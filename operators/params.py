@@ -16,11 +16,12 @@ AUTO = PlacementSpec()
 class PackedParams:
     """How weights are packed, how inputs are taken, and where the weights go.
 
-    `group` and `symmetric` say how int4 is grouped; int8 is symmetric per output channel. `activations`: int8 multiplies
-    in integers, bf16 in floating point, auto takes the faster one of the format.
+    `group` and `symmetric` say how int4 is grouped; int8 is symmetric per output channel, mxfp4 has a power of two per 32
+    inputs, fp8 is e4m3 with a scale per block. `activations`: int8 rounds inputs as far as the operator's error allows,
+    bf16 keeps 16 bits of them, auto takes the faster one of the format.
     """
 
-    format: Literal["bf16", "int8", "int4"] = "int8"
+    format: Literal["bf16", "int8", "int4", "fp8", "mxfp4"] = "int8"
     group: Literal[32, 64, 128] = 32
     symmetric: bool = False
     activations: Literal["auto", "int8", "bf16"] = "auto"
@@ -35,10 +36,11 @@ class PackedParams:
         """The kwargs that do not go together: one that would be ignored is refused."""
         if self.format != "int4" and self.group != 32:
             return Rejected(f"kwarg group={self.group} is for format int4; format is {self.format}")
-        if self.format == "bf16" and self.symmetric:
-            return Rejected("kwarg symmetric is for format int4; format is bf16")
-        if self.format == "bf16" and self.activations == "int8":
-            return Rejected("kwarg activations=int8 needs integer weights; format is bf16")
+        floating = self.format in ("bf16", "fp8")
+        if floating and self.symmetric:
+            return Rejected(f"kwarg symmetric is for format int4; format is {self.format}")
+        if floating and self.activations == "int8":
+            return Rejected(f"kwarg activations=int8 needs integer weights; format is {self.format}")
         return None
 
     def label(self) -> str:

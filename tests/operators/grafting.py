@@ -16,8 +16,8 @@ from numagraft.placement import Part, Placement
 from numagraft.runtime import RuntimeLayout
 
 # relative Frobenius error against fp32 with the same dequantised weights
-LINEAR_BARS = {"bf16": 4e-3, "int8": 1.2e-2, "int4": 1.2e-2}
-EXPERTS_BARS = {"bf16": 4e-3, "int8": 2.0e-2, "int4": 2.0e-2}
+LINEAR_BARS = {"bf16": 4e-3, "int8": 1.2e-2, "int4": 1.2e-2, "fp8": 4e-3, "mxfp4": 1.2e-2}
+EXPERTS_BARS = {"bf16": 4e-3, "int8": 2.0e-2, "int4": 2.0e-2, "fp8": 5e-3, "mxfp4": 2.0e-2}
 
 
 @cache

@@ -15,7 +15,7 @@ from numagraft.errors import ConfigurationError, UnsupportedOperationError, Weig
 from numagraft.operators.linear import Linear
 from numagraft.operators.params import PackedParams
 
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
 
 
 def linear(out_features: int = 96, in_features: int = 128, *, bias: bool = True, dtype=torch.float32) -> nn.Linear:
@@ -45,7 +45,7 @@ def test_it_computes_the_linear_layer(format, dtype, bias):
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_packed_values_are_near_the_original(format):
     module = linear(bias=False)
-    step = {"bf16": 3e-3, "int8": 1.2e-2, "int4": 0.13}[format]
+    step = {"bf16": 3e-3, "int8": 1.2e-2, "int4": 0.13, "fp8": 0.04, "mxfp4": 0.15}[format]
     assert relative_error(unpacked_linear(graft(module, format=format)), module.weight) < step
 
 
@@ -248,6 +248,8 @@ def test_check_verdicts():
         ({"format": "int8", "group": 64}, "group=64 is for format int4"),
         ({"format": "bf16", "symmetric": True}, "symmetric is for format int4"),
         ({"format": "bf16", "activations": "int8"}, "needs integer weights"),
+        ({"format": "fp8", "activations": "int8"}, "needs integer weights"),
+        ({"format": "mxfp4", "group": 128}, "group=128 is for format int4"),
     ],
 )
 def test_kwargs_that_would_be_ignored_are_rejected(kwargs, reason):
@@ -283,3 +285,29 @@ def test_compiled_without_a_graph_break():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), block(x))
         torch.testing.assert_close(compiled(x[:2]), block(x[:2]))
+
+
+KWARGS = [
+    {"format": format, "group": group, "symmetric": symmetric, "activations": activations}
+    for format in FORMATS
+    for group in (32, 64, 128)
+    for symmetric in (False, True)
+    for activations in ("auto", "int8", "bf16")
+]
+
+
+@pytest.mark.parametrize("kwargs", KWARGS, ids=lambda kwargs: "-".join(map(str, kwargs.values())))
+def test_every_combination_of_kwargs_computes_or_is_refused(kwargs):
+    module = linear(200, 300)
+    params = PackedParams(**kwargs)
+    if params.conflict() is not None:
+        assert isinstance(Linear.check(module, params, None), Rejected)
+        return
+    grafted = graft(module, **kwargs)
+    for tokens in (1, 33):
+        x = torch.randn(tokens, 300)
+        bar = LINEAR_BARS[kwargs["format"]]
+        if kwargs["activations"] == "bf16" and grafted.weights.isa != "amx":
+            bar = LINEAR_BARS["bf16"]  # inputs of 16 bits, and no kernel but AMX rounds weights again
+        assert relative_error(grafted(x), expected(module, grafted, x)) <= bar * (1.5 if tokens == 1 else 1)
+    assert kwargs["format"] in repr(grafted)
