@@ -37,6 +37,8 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "to bfloat16": lambda m: m.to(torch.bfloat16),
     "to(dtype=)": lambda m: m.to(dtype=torch.float16),
     "to like a tensor": lambda m: m.to(torch.zeros(1, dtype=torch.float64)),
+    "cuda": lambda m: m.cuda(),
+    "to cuda": lambda m: m.to("cuda:0"),
     "to meta": lambda m: m.to("meta"),
     "half": lambda m: m.half(),
     "bfloat16": lambda m: m.bfloat16(),

@@ -48,7 +48,12 @@ class GuardedModule:
         kinds = {(tensor.dtype, tensor.device) for tensor in (*self.parameters(), *self.buffers())}
         kinds.add((self._guard_dtype, torch.device("cpu")))
         for dtype, device in kinds:
-            probe = fn(torch.empty(0, dtype=dtype, device=device))
+            try:
+                probe = fn(torch.empty(0, dtype=dtype, device=device))
+            except Exception as error:  # a device that is not there, for one
+                raise UnsupportedOperationError(
+                    f"a grafted model cannot be moved or cast: its weights are packed ({error}); {_RELOAD}"
+                ) from error
             if (probe.dtype, probe.device) != (dtype, device):
                 change = (
                     f"from {dtype} to {probe.dtype}" if probe.dtype != dtype else f"from {device} to {probe.device}"
