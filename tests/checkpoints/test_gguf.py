@@ -149,6 +149,21 @@ def test_the_header_is_that_of_the_gguf_package(smollm2_gguf: Path) -> None:
         assert value is None or value == reader.fields[key].contents()
 
 
+@pytest.mark.parametrize("architecture", ["smollm2", "llama", "qwen3moe"])
+def test_the_configuration_is_that_of_the_whole_file(architecture: str, smollm2_gguf: Path, tmp_path: Path) -> None:
+    """The vocabulary is left out before transformers reads it: nothing else may be different."""
+    from transformers import AutoConfig
+
+    path = smollm2_gguf
+    if architecture != "smollm2":
+        path = write(tmp_path / "m.gguf", architecture, config_for(architecture), kind=KINDS.Q8_0)
+    with open_checkpoint(path) as source:
+        found = source.config.to_dict()
+    expected = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    differing = {key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)}
+    assert differing - {"_name_or_path"} <= ({"moe_intermediate_size"} if architecture == "qwen3moe" else set())
+
+
 @pytest.mark.parametrize("at", [4, 8, 16])
 def test_a_header_that_announces_nonsense(tmp_path: Path, at: int) -> None:
     path = write(tmp_path / "m.gguf", "llama", config_for("llama"), kind=KINDS.F32)

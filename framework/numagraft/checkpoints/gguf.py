@@ -7,6 +7,7 @@ tensor is read before it is asked for, and experts can be read one by one.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from numagraft.checkpoints.files import UncachedFile
-from numagraft.checkpoints.gguf_header import Stored, read_header
+from numagraft.checkpoints.gguf_header import Header, Stored, read_header, without_vocabulary
 from numagraft.checkpoints.mapping import Checkpoint, LazyTensor
 from numagraft.errors import CheckpointError
 
@@ -134,18 +135,23 @@ _EXPERT_SIZES = {
 }
 
 
-def read_config(path: Path) -> PreTrainedConfig:
-    """The configuration that transformers derives from the file's metadata."""
+def read_config(path: Path, header: Header) -> PreTrainedConfig:
+    """The configuration that transformers derives from the file's metadata; raises CheckpointError where it cannot."""
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with tempfile.TemporaryDirectory(prefix="numagraft-") as directory:
+            light = Path(directory) / "model.gguf"
+            light.write_bytes(without_vocabulary(path, header))
+            config = AutoConfig.from_pretrained(directory, gguf_file=light.name, local_files_only=True)
     except Exception as error:
         raise CheckpointError(
             f"{path} describes a model that transformers cannot configure ({type(error).__name__}: {error}); GGUF "
             f"architectures it knows: {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}"
         ) from error
+    config._name_or_path = str(path)
+    return config
 
 
 class _WholeNames:
@@ -179,7 +185,7 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         header = read_header(path)
         self.architecture, self._stored = header.architecture, header.tensors
-        super().__init__(str(path), read_config(path))
+        super().__init__(str(path), read_config(path, header))
         for key, attribute in _EXPERT_SIZES.items():
             size = header.metadata.get(f"{self.architecture}.{key}")
             if isinstance(size, int) and hasattr(self.config, attribute):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """Scalar and string metadata (arrays are stepped over), and the tensors in file order."""
+    """Scalar and string metadata (arrays are stepped over: None), and the tensors in file order.
+
+    `places` is where each key and its value stand in the file, `lengths` the number of elements of each array.
+    """
 
     architecture: str
     metadata: dict[str, Any]
     tensors: tuple[Stored, ...]
+    places: dict[str, tuple[int, int]]
+    lengths: dict[str, int]
 
 
 class _Cursor:
@@ -52,6 +58,7 @@ class _Cursor:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self.at = 0
+        self.array_length = -1  # of the value that was read last; -1 where it was no array
 
     def skip(self, count: int) -> int:
         begin, self.at = self.at, self.at + count
@@ -70,16 +77,17 @@ class _Cursor:
 
     def value(self) -> Any:
         (kind,) = self.numbers("I")
+        self.array_length = -1
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.numbers(_SCALARS[kind])[0]
         if kind != _ARRAY:
             raise ValueError(f"there is a value of the unknown type {kind} before byte {self.at}")
-        self._skip_array()
+        self.array_length = self._skip_array()
         return None
 
-    def _skip_array(self, depth: int = 0) -> None:
+    def _skip_array(self, depth: int = 0) -> int:
         element, count = self.numbers("IQ")
         if element in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[element]))
@@ -92,6 +100,7 @@ class _Cursor:
                 self._skip_array(depth + 1)
         else:
             raise ValueError(f"there is an array of the unknown type {element} before byte {self.at}")
+        return count
 
 
 def read_header(path: Path) -> Header:
@@ -126,9 +135,15 @@ def _parse(cursor: _Cursor) -> Header:
     if version not in _VERSIONS:
         raise ValueError(f"it has the version {version}; versions {' and '.join(map(str, _VERSIONS))} are supported")
     metadata: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
+    lengths: dict[str, int] = {}
     for _ in range(value_count):
+        begin = cursor.at
         key = cursor.string()
         metadata[key] = cursor.value()
+        places[key] = (begin, cursor.at)
+        if cursor.array_length >= 0:
+            lengths[key] = cursor.array_length
     entries = [_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
@@ -138,7 +153,39 @@ def _parse(cursor: _Cursor) -> Header:
     if not isinstance(architecture, str):
         raise ValueError("it does not name its general.architecture")
     stored = tuple(Stored(name, kind, shape, begin + offset, count) for name, kind, shape, offset, count in entries)
-    return Header(architecture, metadata, stored)
+    return Header(architecture, metadata, stored, places, lengths)
+
+
+def without_vocabulary(path: Path, header: Header) -> bytes:
+    """A GGUF file of the same metadata and tensor names, but without the tokenizer's arrays and with one value per tensor.
+
+    What only reads the configuration reads this in milliseconds. The vocabulary's size, which some files tell only by its
+    length, is added.
+    """
+    kept = {
+        key: place
+        for key, place in header.places.items()
+        if not (key.startswith("tokenizer.") and key in header.lengths)
+    }
+    size_key = f"{header.architecture}.vocab_size"
+    extra = b""
+    if size_key not in header.metadata and "tokenizer.ggml.tokens" in header.lengths:
+        extra = _string(size_key) + struct.pack("<II", 4, header.lengths["tokenizer.ggml.tokens"])
+    with path.open("rb") as file:
+        values = b"".join(os.pread(file.fileno(), end - begin, begin) for begin, end in kept.values())
+    alignment = header.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    table = b"".join(
+        _string(each.name) + struct.pack("<IQIQ", 1, 1, 0, index * alignment)
+        for index, each in enumerate(header.tensors)
+    )
+    counts = struct.pack("<4sIQQ", b"GGUF", 3, len(header.tensors), len(kept) + bool(extra))
+    head = counts + values + extra + table
+    return head + bytes(-len(head) % alignment + len(header.tensors) * alignment)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
 
 
 def _entry(cursor: _Cursor) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int, int]:
