@@ -254,6 +254,19 @@ def test_page_sizes_are_those_of_the_arena():
     assert [row.page_bytes for row in report.rows] == [{PAGE: MIB // 2, 2 * MIB: 3 * MIB // 2}, {PAGE: 2 * MIB}]
 
 
+def test_the_table_fits_a_terminal():
+    mixed = Arena(page_bytes={PAGE: 1 << 20, 2 * MIB: 3 << 20})
+    text = str(Machine(planted=GOOD, arenas=(mixed,)).report(MIRROR))
+    assert "2M 75%, 4K 25%" in text
+    assert "placed by mbind" in text
+    assert "mirror x2" in text
+    assert max(map(len, text.splitlines())) <= 100
+    plain = str(Machine(planted=GOOD).report(MIRROR))
+    assert max(map(len, plain.splitlines())) <= 80
+    two_ways = (Arena(0, 2 * MIB), Arena(2 * MIB, 2 * MIB, obtained="first_touch"))
+    assert "first_touch" in str(Machine(planted=GOOD, arenas=two_ways).report(MIRROR)).splitlines()[3]
+
+
 def test_json_is_plain():
     data = json.loads(json.dumps(Machine(planted=GOOD).report(MIRROR).to_json()))
     assert data["ok"] is True

@@ -395,8 +395,14 @@ def _remedy(item: Misplacement) -> str:
     )
 
 
-def _size_name(size: int) -> str:
-    return {4096: "4K", 2 << 20: "2M", 1 << 30: "1G"}.get(size, format_size(size))
+def _page_shares(page_bytes: Mapping[int, int]) -> str:
+    """ "2M", or "2M 97%, 4K 3%"; the largest share first."""
+    names = {4096: "4K", 2 << 20: "2M", 1 << 30: "1G"}
+    total = sum(page_bytes.values())
+    shares = sorted(page_bytes.items(), key=lambda item: -item[1])
+    if len(shares) == 1:
+        return names.get(shares[0][0], format_size(shares[0][0]))
+    return ", ".join(f"{names.get(size, format_size(size))} {amount / total:.0%}" for size, amount in shares) or "-"
 
 
 def _table(report: PlacementReport) -> Any:
@@ -404,31 +410,34 @@ def _table(report: PlacementReport) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title="Placement", title_justify="left", header_style="bold")
-    for name in ("rule", "policy", "node"):
-        table.add_column(name)
-    for name in ("modules", "copies", "asked", "found"):
-        table.add_column(name, justify="right")
-    for name in ("pages", "cpus", "by", "verdict"):
+    # Where everything was obtained in one way, a line says so: eighty columns are few.
+    ways = {row.obtained for row in report.rows}
+    table = Table(
+        title="Placement", title_justify="left", header_style="bold", box=None, padding=(0, 1), pad_edge=False
+    )
+    for name in ("rule", "policy", "node", "modules", "asked", "found"):
+        table.add_column(name, justify="left" if name in ("rule", "policy") else "right", no_wrap=True)
+    for name in ("pages", "cpus", *(("by",) if len(ways) > 1 else ()), "verdict"):
         table.add_column(name)
     for row in report.rows:
         low, high = row.replicas
-        style = "red" if row.verdict in ("WRONG", "not verified") else ""
+        copies = "" if high == 1 else f" x{high}" if low == high else f" x{low}-{high}"
         table.add_row(
             row.rule_id,
-            "+".join(row.policies),
+            "+".join(row.policies) + copies,
             str(row.node),
             str(row.modules),
-            str(low) if low == high else f"{low}-{high}",
             format_size(row.asked_bytes),
             "-" if row.found_bytes is None else format_size(row.found_bytes),
-            ", ".join(f"{_size_name(size)} {format_size(amount)}" for size, amount in row.page_bytes.items()) or "-",
+            _page_shares(row.page_bytes),
             format_list(row.cpus) or "-",
-            ", ".join(row.obtained) or "-",
+            *((", ".join(row.obtained) or "-",) if len(ways) > 1 else ()),
             row.verdict,
-            style=style,
+            style="red" if row.verdict in ("WRONG", "not verified") else "",
         )
     lines = [f"verdict: {report.verdict}"]
+    if len(ways) == 1 and (way := next(iter(ways))):
+        lines.append(f"placed by {', '.join(way)}")
     if report.page_cache_residue is not None:
         lines.append(f"page cache still holds {format_size(report.page_cache_residue)} of the checkpoint")
     lines += [f"fallback: {text}" for text in report.fallbacks]
