@@ -166,10 +166,21 @@ def catalogue() -> dict[str, Preset]:
     """Every preset by name."""
     found: dict[str, Preset] = {}
     for source in sources():
-        for relative, path, manifest in _walk(source.root):
-            name = f"{source.prefix}/{relative}" if source.prefix else relative
-            found.setdefault(name, Preset(name, source, path, manifest))
+        found |= {name: preset for name, preset in _presets_of(source).items() if name not in found}
     return found
+
+
+def _presets_of(source: Source) -> dict[str, Preset]:
+    found = {}
+    for relative, path, manifest in _walk(source.root):
+        name = f"{source.prefix}/{relative}" if source.prefix else relative
+        found[name] = Preset(name, source, path, manifest)
+    return found
+
+
+@cache
+def _bundled() -> dict[str, Preset]:
+    return _presets_of(Source("", "bundled", "numagraft", files("numagraft.rules")))
 
 
 def _walk(root: Traversable, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Traversable, Traversable | None]]:
@@ -199,6 +210,8 @@ def names() -> list[str]:
 
 def find(name: str) -> Preset | None:
     """The preset called `name`, or None."""
+    if name in _bundled():
+        return _bundled()[name]
     return catalogue().get(name)
 
 
@@ -286,7 +299,7 @@ def _requires(name: str) -> Sequence[Any]:
 
 
 def _families() -> list[str]:
-    return [name for name in names() if name.startswith("family/") and name != FALLBACK_FAMILY]
+    return [name for name in sorted(_bundled()) if name.startswith("family/") and name != FALLBACK_FAMILY]
 
 
 def _model_type(config: Any) -> str | None:
