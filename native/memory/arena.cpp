@@ -176,13 +176,27 @@ std::optional<std::size_t> Arena::take(std::size_t bytes, const std::string& own
   return std::nullopt;
 }
 
-void Arena::give_back(std::size_t offset) {
+std::size_t Arena::untouched_bytes(std::size_t offset) const {
+  const auto piece = placed_.find(offset);
+  if (!is_explicit(pages_)) return piece->second.bytes;
+  const std::size_t page = page_kind_bytes(pages_);
+  std::size_t first = offset / page;
+  std::size_t end = (offset + piece->second.bytes + page - 1) / page;
+  if (piece != placed_.begin()) {
+    const auto before = std::prev(piece);
+    first = std::max(first, (before->first + before->second.bytes + page - 1) / page);
+  }
+  if (const auto after = std::next(piece); after != placed_.end()) end = std::min(end, after->first / page);
+  return end > first ? (end - first) * page : 0;
+}
+
+void Arena::give_back(std::size_t offset, bool touched) {
   const auto placed = placed_.find(offset);
   if (placed == placed_.end()) throw std::invalid_argument("this buffer was not handed out, or was already given back");
   std::size_t bytes = placed->second.bytes;
   placed_.erase(placed);
   used_ -= bytes;
-  if (used_ > 0) forget(offset, bytes);  // else the whole arena goes
+  if (touched && used_ > 0) forget(offset, bytes);  // else the whole arena goes
   auto next = free_.lower_bound(offset);
   if (next != free_.end() && next->first == offset + bytes) {
     bytes += next->second;

@@ -55,7 +55,9 @@ class Arena {
 
   bool serves(const MemoryTarget& target, PageKind pages) const;
   std::optional<std::size_t> take(std::size_t bytes, const std::string& owner);  // the offset; none: no room
-  void give_back(std::size_t offset);                                              // frees its memory
+  // What touching this piece will take: all of it, or the explicit huge pages that no other piece lies in.
+  std::size_t untouched_bytes(std::size_t offset) const;
+  void give_back(std::size_t offset, bool touched);  // frees its memory
   bool contains(const std::byte* address) const { return address >= data_ && address < data_ + bytes_; }
 
  private:

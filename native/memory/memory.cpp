@@ -44,36 +44,52 @@ Memory::Reserved Memory::reserve(std::size_t bytes, const MemoryTarget& target, 
   }
   bytes = round_up(bytes, sys::page_bytes());
   const std::vector<int> os_nodes = os_nodes_of(target);
-  auto claim = std::make_unique<RoomClaim>(need_of(bytes, os_nodes, target.mode, pages_, bind_), owner);
+  const auto claim = [&](std::size_t untouched) {
+    return std::make_unique<RoomClaim>(need_of(untouched, os_nodes, target.mode, pages_, bind_), owner);
+  };
+  if (!is_explicit(pages_)) {
+    auto room = claim(bytes);
+    Reserved reserved = hand_out(bytes, target, os_nodes, owner);
+    reserved.claim = std::move(room);
+    return reserved;
+  }
+  // Of explicit huge pages a small buffer needs none where its neighbours have touched them already.
+  Reserved reserved = hand_out(bytes, target, os_nodes, owner);
+  try {
+    reserved.claim = claim(reserved.untouched);
+  } catch (...) {
+    give_back(reserved.buffer.data, false);
+    throw;
+  }
+  return reserved;
+}
 
+Memory::Reserved Memory::hand_out(std::size_t bytes, const MemoryTarget& target, const std::vector<int>& os_nodes, const std::string& owner) {
   const std::lock_guard lock(fork_safe_mutex());
   std::size_t next_arena = kFirstArena;
-  const auto hand_out = [&](Arena& arena) -> std::optional<Reserved> {
+  const auto from = [&](Arena& arena) -> std::optional<Reserved> {
     const auto offset = arena.take(bytes, owner);
     if (!offset) return std::nullopt;
     Buffer buffer{arena.data() + *offset, bytes, target, owner, arena.placed().at(*offset).residency};
-    return Reserved{std::move(buffer), arena.obtained(), arena.pages(), *offset, nullptr};
+    return Reserved{std::move(buffer), arena.obtained(), arena.pages(), *offset, arena.untouched_bytes(*offset), nullptr};
   };
-  std::optional<Reserved> reserved;
   for (const auto& arena : arenas_) {
     if (!arena->serves(target, pages_)) continue;
     next_arena = std::min(kLargestArena, std::max(next_arena, arena->bytes() * 2));
-    if ((reserved = hand_out(*arena))) break;
+    if (auto reserved = from(*arena)) return std::move(*reserved);
   }
-  if (!reserved) {
-    arenas_.push_back(std::make_unique<Arena>(bytes, next_arena, target, os_nodes, pages_, bind_));
-    reserved = hand_out(*arenas_.back());
-  }
-  reserved->claim = std::move(claim);
-  return std::move(*reserved);
+  arenas_.push_back(std::make_unique<Arena>(bytes, next_arena, target, os_nodes, pages_, bind_));
+  return *from(*arenas_.back());
 }
 
-void Memory::release(const std::byte* data) {
+void Memory::release(const std::byte* data) { give_back(data, true); }
+
+void Memory::give_back(const std::byte* data, bool touched) {
   std::unique_ptr<Arena> emptied;  // unmapped after the lock
   const std::lock_guard lock(fork_safe_mutex());
   for (auto arena = arenas_.begin(); arena != arenas_.end(); ++arena) {
     if (!(*arena)->contains(data)) continue;
-    (*arena)->give_back(static_cast<std::size_t>(data - (*arena)->data()));
+    (*arena)->give_back(static_cast<std::size_t>(data - (*arena)->data()), touched);
     if ((*arena)->used_bytes() == 0) {
       emptied = std::move(*arena);
       arenas_.erase(arena);

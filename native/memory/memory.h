@@ -23,7 +23,8 @@ class Memory {
     Buffer buffer;
     Obtained obtained;
     PageKind pages;
-    std::size_t offset;  // in its arena: interleaving by hand goes on where the last buffer ended
+    std::size_t offset;     // in its arena: interleaving by hand goes on where the last buffer ended
+    std::size_t untouched;  // what touching will take
     std::unique_ptr<RoomClaim> claim;
   };
   Reserved reserve(std::size_t bytes, const MemoryTarget& target, const std::string& owner);
@@ -47,6 +48,8 @@ class Memory {
   std::vector<ArenaReport> report() const;
 
  private:
+  Reserved hand_out(std::size_t bytes, const MemoryTarget& target, const std::vector<int>& os_nodes, const std::string& owner);
+  void give_back(const std::byte* data, bool touched);
   std::vector<int> os_nodes_of(const MemoryTarget& target) const;
 
   const std::vector<int> os_nodes_;

@@ -1,8 +1,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -10,32 +8,35 @@
 
 namespace numagraft {
 
-// What an allocation will take from where, in bytes; node -1: from the system as a whole.
+// What an allocation will take: each share from any of its nodes (kernel ids; -1: wherever the system likes).
 struct Need {
-  std::map<int, std::size_t> per_node;
+  struct Share {
+    std::vector<int> nodes;
+    std::size_t bytes = 0;
+  };
+  std::vector<Share> shares;
   PageKind pages = PageKind::normal;
 };
 Need need_of(std::size_t bytes, const std::vector<int>& os_nodes, MemoryTarget::Mode mode, PageKind pages, bool bind);
 
-// Looks whether the nodes, the memory cgroups and the huge page pools have room for `need`, on top of what other claims of
-// this process are still filling. Throws PlacementFailure that names who wants how much, what is left and what to do:
-// MPOL_BIND on a full node ends in the OOM killer, not in an error.
-void check_room(const Need& need, const std::string& owner);
-
-// Checks, then holds the claim while the memory is being touched.
+// Room for memory that is about to be touched. Making one looks whether the nodes, the memory cgroups and the huge page
+// pools have it, on top of what other claims of this process are still filling, and throws PlacementFailure that names who
+// wants how much, what is left and what to do: MPOL_BIND on a full node ends in the OOM killer, not in an error.
 class RoomClaim {
  public:
-  RoomClaim(Need need, const std::string& owner);
+  RoomClaim(Need need, std::string owner);
   ~RoomClaim();
   RoomClaim(const RoomClaim&) = delete;
   RoomClaim& operator=(const RoomClaim&) = delete;
 
-  // Looks again whether `share` (0 to 1) of the claim still finds room: others may fill the node while it is being touched.
-  void check_again(double share) const;
+  // `part` (0 to 1) of the memory is still untouched: claims no more than that, and looks whether it still finds room, since
+  // others may fill the node meanwhile. From any thread.
+  void shrink(double part);
 
  private:
-  Need need_;
-  std::string owner_;
+  const Need need_;
+  const std::string owner_;
+  double claimed_ = 1;
 };
 
 }  // namespace numagraft

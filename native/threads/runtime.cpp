@@ -231,7 +231,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved) {
     std::optional<PolicyScope> policy;
     if (reserved.obtained == Obtained::set_mempolicy) policy.emplace(os_nodes, buffer.target.mode);
     for (std::size_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
-      if (i > 0 && i % kPiecesPerLook == 0) reserved.claim->check_again(static_cast<double>(pieces - i) / static_cast<double>(pieces));
+      if (i > 0 && i % kPiecesPerLook == 0) reserved.claim->shrink(static_cast<double>(pieces - i) / static_cast<double>(pieces));
       touch_pages(begin + i * piece, std::min(end, begin + (i + 1) * piece), reserved.pages);
     }
   });

@@ -287,6 +287,14 @@ def test_a_full_node_is_an_error_before_anything_is_touched(interleaved: bool) -
     runtime.allocate(16 * MIB, [0], owner="small")
 
 
+def test_a_copy_on_two_nodes_needs_the_room_of_both() -> None:
+    runtime = two_nodes()
+    native.plant_available(100 * MIB)
+    with pytest.raises(PlacementError, match=r"w needs 120.0 MiB on node 0, which has 100.0 MiB left"):
+        runtime.allocate(120 * MIB, [0, 1], owner="w")  # both are kernel node 0 here
+    runtime.allocate(50 * MIB, [0, 1], owner="w")
+
+
 def test_a_node_that_fills_up_half_way_is_an_error_and_gives_back() -> None:
     runtime = one_node()
     before = anonymous_kib()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from pathlib import Path
 
@@ -71,8 +73,11 @@ def test_explicit_huge_pages(huge_pages: int) -> None:
         runtime.allocate(40 * MIB, [0], owner="experts")
     assert "experts needs 20 huge pages of 2.0 MiB on node 0, which has 5 free" in str(caught.value)
     assert f"echo 23 > {POOL}" in str(caught.value)
+    fill = runtime.allocate(10 * MIB, [0], owner="fill")  # from the middle of a page: takes five more
+    late = runtime.allocate(4096, [0], owner="needs no page of its own")
+    runtime.release(late)
+    runtime.release(fill)
     runtime.release(large)
-    import ctypes
 
     again = runtime.allocate(5 * MIB, [0], owner="again")
     assert not any(ctypes.string_at(again.address, again.bytes))
@@ -173,13 +178,9 @@ def test_parsers_survive_garbage(first: str, second: str) -> None:
 
 
 def test_memory_that_was_never_touched_is_absent() -> None:
-    import mmap
-
     with mmap.mmap(-1, 16 * 4096) as memory:
         memory[0] = 1
         memory[5 * 4096] = 1
-        import ctypes
-
         hold = ctypes.c_char.from_buffer(memory)
         count = native.query_pages(ctypes.addressof(hold), 16 * 4096)
         del hold
