@@ -30,13 +30,11 @@ bool inside_call() noexcept { return inside; }
 InsideCall::InsideCall() noexcept { inside = true; }
 InsideCall::~InsideCall() { inside = false; }
 
-// Handed to a thread that starts; outlives it because the maker waits for `reported`.
+// Handed to a thread that starts, which copies it before it reports.
 struct NodePool::Starting {
   NodePool* pool;
   int slot;
   std::uint32_t seen;  // the epoch before its first call
-  std::atomic<int>* error;
-  WaitWord* reported;
 };
 
 NodePool::NodePool(std::vector<int> cpus, int threads, std::uint32_t process_generation, std::uint64_t order)
@@ -60,8 +58,8 @@ void NodePool::ensure_threads(bool with_slot_0) {
 
 void NodePool::make_threads(int first, int end) {
   if (first >= end) return;
-  std::atomic<int> pin_error{0};
-  WaitWord reported;
+  start_error_.store(0);
+  const std::uint32_t before_start = started_.load();
   int create_error = 0;
   std::uint32_t made = 0;
   std::vector<std::unique_ptr<Starting>> starting;
@@ -70,7 +68,7 @@ void NodePool::make_threads(int first, int end) {
   ::pthread_sigmask(SIG_SETMASK, &blocked, &before);  // a new thread inherits it
   for (int slot = first; slot < end && create_error == 0; ++slot) {
     const WaitWord& epoch = slot == 0 ? epoch_slot_0_ : epoch_others_;
-    starting.push_back(std::make_unique<Starting>(Starting{this, slot, epoch.load(), &pin_error, &reported}));
+    starting.push_back(std::make_unique<Starting>(Starting{this, slot, epoch.load()}));
     pthread_t thread;
     create_error = ::pthread_create(&thread, nullptr, &NodePool::thread_main, starting.back().get());
     if (create_error == 0) {
@@ -82,15 +80,16 @@ void NodePool::make_threads(int first, int end) {
     }
   }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  for (std::uint32_t seen = reported.load(); seen != made; seen = reported.load()) reported.wait_while(seen, SpinTime(0));
-  if (create_error == 0 && pin_error.load() == 0) return;
+  for (std::uint32_t seen = started_.load(); seen - before_start != made; seen = started_.load()) started_.wait_while(seen, SpinTime(0));
+  if (create_error == 0 && start_error_.load() == 0) return;
+  const int pin_error = start_error_.load();
   stop_threads();
   if (create_error != 0) {
     throw PlacementFailure("cannot make the threads of a node (" + std::to_string(end - first) + " wanted): pthread_create says " + describe_errno(create_error),
                            "raise the limit on processes (ulimit -u, the container's pids limit), or ask for fewer threads_per_node");
   }
   // The CPU that failed is lost by now; name the first of the node.
-  throw_pin_refused(cpu_of(first), pin_error.load());
+  throw_pin_refused(cpu_of(first), pin_error);
 }
 
 void* NodePool::thread_main(void* argument) {
@@ -98,9 +97,9 @@ void* NodePool::thread_main(void* argument) {
   NodePool& pool = *starting.pool;
   if (const int cpu = pool.cpu_of(starting.slot); cpu >= 0) {
     const int wanted[] = {cpu};
-    if (const int error = sys::set_affinity(sys::CpuMask(wanted)); error != 0) starting.error->store(error);
+    if (const int error = sys::set_affinity(sys::CpuMask(wanted)); error != 0) pool.start_error_.store(error);
   }
-  starting.reported->add_and_wake(1);
+  pool.started_.add_and_wake(1);
   pool.serve(starting.slot, starting.seen);
   return nullptr;
 }

@@ -61,6 +61,8 @@ class NodePool {
   int told_seat_ = 0;
   SpinTime told_spin_{};
   bool stopping_ = false;
+  std::atomic<int> start_error_{0};
+  WaitWord started_;  // threads that ever started; here, not with their maker: they may still look at it when it has gone on
   WaitWord epoch_slot_0_;
   WaitWord epoch_others_;
 };

@@ -87,7 +87,7 @@ def test_explicit_huge_pages(huge_pages: int) -> None:
 def test_explicit_huge_pages_that_are_not_there(pages: str, size: str) -> None:
     runtime = runtime_with(pages)
     with pytest.raises(PlacementError, match=f"huge pages of {size}") as caught:
-        runtime.allocate(3 << 40, [0], owner="w")
+        runtime.allocate(1 << 38, [0], owner="w")
     assert "nr_hugepages" in str(caught.value) or "boot with" in str(caught.value)
     assert runtime.memory_report() == []
 

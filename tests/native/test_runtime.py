@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from numagraft._native import sanitizer
 from numagraft.errors import ConfigurationError
 from numagraft.native import Runtime, inherited_policy
 from numagraft.native import runtime as facade
@@ -58,6 +59,13 @@ def test_workers_run_on_their_cpus() -> None:
 def test_barriers_let_nobody_through_early(runtime: Runtime) -> None:
     nodes = list(range(len(runtime.layout.nodes)))
     assert runtime.native.barriers_hold(nodes, 200)
+
+
+def test_without_barriers_somebody_is_early() -> None:
+    if sanitizer() == "thread":
+        pytest.skip("a race by intent")
+    runtime = Runtime(RuntimeLayout.virtual(2))
+    assert not all(runtime.native.barriers_hold([0, 1], 5000, leave_out=True) for _ in range(20))
 
 
 def test_caller_mask_is_what_it_was() -> None:

@@ -92,6 +92,10 @@ def test_a_sandbox_that_refuses_pinning_is_an_error() -> None:
     assert "sched_setaffinity says EPERM" in in_sandbox("('sched_setaffinity',)", body)
 
 
+locks_memory = pytest.mark.skipif(_native.sanitizer() != "", reason="sanitizers ignore mlockall")
+
+
+@locks_memory
 def test_locked_memory_limit() -> None:
     if os.geteuid() != 0:
         pytest.skip("changes the user, which needs root")
@@ -115,6 +119,7 @@ def test_locked_memory_limit() -> None:
     assert "ulimit -l unlimited" in done.stdout
 
 
+@locks_memory
 def test_locking_everything_does_not_fill_the_reservation() -> None:
     if os.geteuid() != 0:
         pytest.skip("locking memory needs root here")

@@ -26,6 +26,22 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "skbc" not in type(fin
 """
 
 
+#: What each sanitizer must report, or it sees nothing: workers that skip their barriers; a write past a block of malloc.
+CONTROLS = {
+    "thread": """
+from numagraft.native import Runtime
+from numagraft.runtime import RuntimeLayout
+Runtime(RuntimeLayout.virtual(2)).native.barriers_hold([0, 1], 1000, leave_out=True)
+""",
+    "address": """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+ctypes.memset(libc.malloc(16), 0, 32)
+""",
+}
+
+
 def build(kind: str, folder: Path) -> Path:
     """Compiles native/ and returns the extension."""
     pybind11 = subprocess.run(
@@ -79,10 +95,14 @@ def test_files() -> list[str]:
     return [str(path) for path in files if "import torch" not in path.read_text()]
 
 
-def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
+def clear(logs: Path) -> None:
+    logs.mkdir(exist_ok=True)
     for old in logs.glob("report*"):
         old.unlink()
-    logs.mkdir(exist_ok=True)
+
+
+def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
+    clear(logs)
     suppressions = Path(__file__).with_name("thread.supp")
     environment = {
         **os.environ,
@@ -98,9 +118,15 @@ def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
     }
     # GCC's thread sanitizer knows a fixed memory layout, which address space randomisation leaves.
     if ctypes.CDLL(None).personality(ADDR_NO_RANDOMIZE) < 0:
-        print("warning: address space randomisation stays on; the thread sanitizer may refuse to start", file=sys.stderr)
+        print(
+            "warning: address space randomisation stays on; the thread sanitizer may refuse to start", file=sys.stderr
+        )
     check = f"from numagraft import _native; assert _native.sanitizer() == {kind!r}, _native.__file__"
     subprocess.run([sys.executable, "-c", check], check=True, env=environment, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", CONTROLS[kind]], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    if not list(logs.glob("report*")):
+        raise SystemExit(f"the {kind} sanitizer does not report a planted fault: its other findings mean nothing")
+    clear(logs)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not numa"]
     code = subprocess.run([*command, *(arguments or test_files())], env=environment, cwd=ROOT).returncode
     reports = sorted(logs.glob("report*"))
