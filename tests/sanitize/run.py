@@ -146,7 +146,7 @@ def main() -> int:
     options = parser.parse_args()
     if platform.system() != "Linux":
         raise SystemExit("numagraft runs on Linux only")
-    folder = ROOT / "build" / f"sanitize-{options.kind}"
+    folder = ROOT / "build" / "sanitize" / options.kind  # not beside the ordinary builds: tests look through those
     package = assemble(build(options.kind, folder), folder)
     return 0 if options.build_only else run(options.kind, package, folder / "reports", options.tests)
 
