@@ -94,6 +94,10 @@ def all_cases() -> list[Case]:
     ]
     found.append(experts("A", 1024, "int8", None, None, isa="avx512_vnni"))
     found += [experts("A", 1024, format, None, None, isa="avx2") for format in ("int8", "int4")]
+    found += [
+        Case(f"decode-{format}", "SmolLM2", "decode", ("--format", format), figure="decode_speedup")
+        for format in ("int8", "int4")
+    ]
     return found
 
 

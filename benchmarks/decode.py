@@ -99,6 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 phase: {key: rate / result["transformers"][phase][key] for key, rate in of_phase.items()}
                 for phase, of_phase in result["grafted"].items()
             }
+            result["decode_speedup"] = next(iter(result["speedup"]["decode"].values()))
     return result
 
 

@@ -72,8 +72,10 @@ def prepare(options: argparse.Namespace) -> list[str]:
     return found
 
 
-def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSource, *, experts: int, owner: str) -> Any:
-    """One packed layer with every weight loaded."""
+def layer_weights(
+    options: argparse.Namespace, runtime: Any, source: WeightSource, *, experts: int, owner: str
+) -> tuple[Any, float]:
+    """One packed layer with every weight loaded, and the seconds that packing took (placing the memory not counted)."""
     from numagraft import native
 
     made = native.ExpertsWeights(
@@ -87,6 +89,7 @@ def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSourc
         has_bias=False,
         owner=owner,
     )
+    seconds = 0.0
     # A few experts at a time: enough for every thread, and no list of views that outlives its arrays.
     for first in range(0, experts, 8):
         count = min(8, experts - first)
@@ -99,8 +102,10 @@ def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSourc
             )
         ]
         gate, up, down = ([view(array, dtype="bf16") for array in listed] for listed in arrays)
+        begin = time.perf_counter()
         made.load_experts(gate=gate, up=up, down=down, first_expert=first)
-    return made
+        seconds += time.perf_counter() - begin
+    return made, seconds
 
 
 def work_of(options: argparse.Namespace, *, distinct: int, expert_bytes: float) -> Work:
@@ -170,11 +175,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     count = rotation.layers_for(int(expert_bytes * experts), at_least=min(ROTATION_BYTES, options.memory_gib * 2**30))
     if count > 1 and count * experts * expert_bytes > options.memory_gib * 2**30:
         count -= 1
-    begin = time.perf_counter()
-    layers = [
-        layer_weights(options, runtime, source, experts=experts, owner=f"layers.{i}.experts") for i in range(count)
-    ]
-    packing = time.perf_counter() - begin
+    made = [layer_weights(options, runtime, source, experts=experts, owner=f"layers.{i}.experts") for i in range(count)]
+    layers, packing = [layer for layer, _ in made], sum(seconds for _, seconds in made)
     packed = sum(layer.packed_bytes for layer in layers)
     weights = 3 * options.hidden * options.intermediate * experts * count
     figures = sample(

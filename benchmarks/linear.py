@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSource, *, owner: str) -> Any:
+def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSource, *, owner: str) -> tuple[Any, float]:
+    """One packed layer, and the seconds that packing took (placing the memory not counted)."""
     from numagraft import native
 
     made = native.LinearWeights(
@@ -44,8 +45,10 @@ def layer_weights(options: argparse.Namespace, runtime: Any, source: WeightSourc
         owner=owner,
     )
     weight = source.matrix(options.out_features, options.in_features)
-    made.load_weight(view(weight, dtype="bf16"))
-    return made
+    given = view(weight, dtype="bf16")
+    begin = time.perf_counter()
+    made.load_weight(given)
+    return made, time.perf_counter() - begin
 
 
 def prepared_calls(options: argparse.Namespace, layers: list[Any]) -> Iterator[Prepared]:
@@ -66,14 +69,19 @@ def prepared_calls(options: argparse.Namespace, layers: list[Any]) -> Iterator[P
 
 
 def errors(options: argparse.Namespace, layer: Any) -> dict[str, float]:
-    """Relative Frobenius error of one call of up to 64 tokens against fp32 with the dequantised weights."""
+    """Relative Frobenius errors: of one call of up to 64 tokens against fp32 with the dequantised weights, and of those
+    weights against the Gaussian ones that were packed."""
     tokens = min(options.tokens, 64)
     x = next(inputs(tokens, options.in_features, count=1, seed=99))
     out = np.empty((tokens, options.out_features), dtype=np.float32)
     layer.forward(view(x, dtype="bf16"), view(out, dtype="f32"))
     weight = np.empty((options.out_features, options.in_features), dtype=np.float32)
     layer.unpack(view(weight, dtype="f32"))
-    return {"error_dequantised": relative_error(out, from_bf16(x) @ weight.T)}
+    first = WeightSource(options.in_features * options.out_features).matrix(options.out_features, options.in_features)
+    return {
+        "error_dequantised": relative_error(out, from_bf16(x) @ weight.T),
+        "error_weights": relative_error(weight, from_bf16(first)),
+    }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -82,12 +90,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     runtime = native.Runtime(machine.layout(options.threads))
     source = WeightSource(options.in_features * options.out_features)
-    begin = time.perf_counter()
-    layers = [layer_weights(options, runtime, source, owner="layers.0.linear")]
+    made = [layer_weights(options, runtime, source, owner="layers.0.linear")]
     limit = min(ROTATION_BYTES, options.memory_gib * 2**30)
-    count = rotation.layers_for(layers[0].packed_bytes, at_least=limit)
-    layers += [layer_weights(options, runtime, source, owner=f"layers.{i}.linear") for i in range(1, count)]
-    packing = time.perf_counter() - begin
+    count = rotation.layers_for(made[0][0].packed_bytes, at_least=limit)
+    made += [layer_weights(options, runtime, source, owner=f"layers.{i}.linear") for i in range(1, count)]
+    layers, packing = [layer for layer, _ in made], sum(seconds for _, seconds in made)
     packed = sum(layer.packed_bytes for layer in layers)
     weights = options.in_features * options.out_features * count
     figures = sample(

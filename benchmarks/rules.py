@@ -74,11 +74,18 @@ def match() -> dict[str, float]:
     layers = NAMES // 500
     names = [f"model.layers.{i}.{part}.{j}" for i in range(layers) for part in parts for j in range(100)][:NAMES]
     patterns = [rf"model\.layers\.({i}|{i + 60})\.mlp\.experts\..*" for i in range(RULES // 2)]
-    patterns += [rf"^model\.layers\.([0-9]|[1-5][0-9])\.(?!mlp\.gate)[^.]+\..*{i}$" for i in range(RULES - len(patterns))]
+    patterns += [
+        rf"^model\.layers\.([0-9]|[1-5][0-9])\.(?!mlp\.gate)[^.]+\..*{i}$" for i in range(RULES - len(patterns))
+    ]
     begin = time.perf_counter()
     joined = Names.of(names)
     hits = sum(len(NamePattern.compile(pattern).scan(joined)) for pattern in patterns)
-    return {"match_seconds": round(time.perf_counter() - begin, 3), "names": len(names), "rules": len(patterns), "hits": hits}
+    return {
+        "match_seconds": round(time.perf_counter() - begin, 3),
+        "names": len(names),
+        "rules": len(patterns),
+        "hits": hits,
+    }
 
 
 def main() -> None:

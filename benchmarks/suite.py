@@ -5,8 +5,7 @@
     python -m benchmarks.suite --json OUT.json --resume --wrap 'numactl -N 0'
 
 Results are written to OUT.json after every case; `--resume` keeps those that are there. The table (suite.md) and the plot
-(suite.png) go to `--docs`, docs/benchmarks by default. `--llama-python` names an interpreter with llama-cpp-python for
-whole-model speed on the same GGUF file.
+(suite.png) go to `--docs`, docs/benchmarks by default.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, all_cases, peer_cases
-from benchmarks.report import Table, emit
+from benchmarks.report import Table, emit, number
 from benchmarks.suite_report import rows_of, write_docs
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="keep the results that OUT has")
     made.add_argument("--no-peers", action="store_true", help="only ours")
     made.add_argument("--kt-python", help="an interpreter with kt-kernel, torch and numpy")
-    made.add_argument("--llama-python", help="an interpreter with llama-cpp-python")
     made.add_argument("--wrap", default="", help="a command that each case is run under, such as 'numactl -N 0'")
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--timeout", type=float, default=600, help="seconds per case")
@@ -65,7 +63,7 @@ def chosen(options: argparse.Namespace) -> list[Case]:
 def command(case: Case, options: argparse.Namespace) -> list[str]:
     python = options.kt_python if case.module == "peers.kt_experts" else sys.executable
     rounds = ["--rounds", str(options.rounds)] if case.module in ("experts", "linear") else []
-    threads = ["--threads", str(options.threads)]
+    threads = [] if case.module == "decode" else ["--threads", str(options.threads)]
     as_json = [] if case.module == "peers.torch_linear" else ["--json"]
     return [
         *shlex.split(options.wrap),
@@ -104,11 +102,6 @@ def run_case(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def whole_models(options: argparse.Namespace) -> list[Case]:
-    """Whole-model speed, ours beside transformers in one process, and llama.cpp where an interpreter has it."""
-    return [Case(f"decode-{format}", "SmolLM2", "decode", ("--format", format)) for format in ("int8", "int4")]
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     cases = chosen(options)
@@ -126,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         results[case.id] = run_case(case, options)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-        said = results[case.id].get("failed") or f"{case.figure} {results[case.id].get(case.figure, float('nan')):.4g}"
+        said = results[case.id].get("failed") or f"{case.figure} {number(results[case.id].get(case.figure))}"
         print(f"[{index}/{len(cases)}] {case.id}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
     table = rows_of([case for case in all_cases() if case.id in results], results)
     written = write_docs(table, results, options.docs)

@@ -117,7 +117,9 @@ def markdown(rows: Sequence[Row], results: dict[str, Any]) -> list[str]:
         "| case | µs | GB/s of weights | T op/s | of the limit | aim | stretch | error | faster than |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --- |",
     ]
-    lines += ["| " + " | ".join(number(cell) for cell in row.cells()) + " |" for row in rows if row.case.id != "limits"]
+    layers = [row for row in rows if row.case.module in ("experts", "linear")]
+    lines += ["| " + " | ".join(number(cell) for cell in row.cells()) + " |" for row in layers]
+    lines += whole_models(results)
     peers = {id: found for id, found in results.items() if "peer" in found}
     if peers:
         lines += ["", "| peer | case | µs | error against unquantised weights |", "| --- | --- | --: | --: |"]
@@ -125,6 +127,28 @@ def markdown(rows: Sequence[Row], results: dict[str, Any]) -> list[str]:
             f"| {found['peer']} | {id} | {number(found['us_median'])} | {number(found.get('error_unquantised'))} |"
             for id, found in sorted(peers.items())
         ]
+    return lines
+
+
+def whole_models(results: dict[str, Any]) -> list[str]:
+    """SmolLM2's tokens per second, ours beside transformers in one process."""
+    lines: list[str] = []
+    for _, found in sorted(results.items()):
+        if "grafted" not in found:
+            continue
+        lines = lines or [
+            "",
+            "| SmolLM2 | numagraft, tokens/s | transformers, tokens/s | ratio |",
+            "| --- | --: | --: | --: |",
+        ]
+        for phase, of_phase in found["grafted"].items():
+            for key, rate in of_phase.items():
+                what = f"{key} tokens" if phase == "prefill" else f"batch {key}"
+                peer = found.get("transformers", {}).get(phase, {}).get(key)
+                ratio = rate / peer if peer else None
+                lines.append(
+                    f"| {found['format']}, {phase}, {what} | {number(rate)} | {number(peer)} | {number(ratio)} |"
+                )
     return lines
 
 
