@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from numagraft.checkpoints import open_checkpoint
 from numagraft.checkpoints.memory import skeleton_of
+from numagraft.loading import ahead
 from tests import models
 from tests.grafting import graft_plain, load_plain, logits, skeleton_for
 
@@ -91,3 +95,19 @@ def test_smollm2(smollm2_gguf: Path) -> None:
     assert torch.equal(logits(grafted, inputs["input_ids"]), logits(original.eval(), inputs["input_ids"]))
     answer = grafted.generate(**inputs, max_new_tokens=10, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 200 << 20), max_size=40))
+def test_steps_are_told_ahead_each_once_and_in_order(sizes: list[int]) -> None:
+    told: list[int] = []
+
+    def step(index: int) -> Callable[[], int]:
+        return lambda: told.append(index) or sizes[index]
+
+    for index in ahead([step(i) for i in range(len(sizes))]):
+        assert index in told  # before its turn
+        waiting = sizes[index : told[-1]]  # all that is on its way but the last, which crossed the line
+        assert sum(waiting) < (64 << 20) or told[-1] == index
+        assert told[-1] == len(sizes) - 1 or sum(sizes[index : told[-1] + 1]) >= (64 << 20)
+    assert told == list(range(len(sizes)))

@@ -7,8 +7,9 @@ whose `items()` raises, which the loader calls outside its net.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from numagraft.runtime import RuntimeLayout
 
 _SHOWN = 8
+#: bytes that the kernel is told of before they are read
+_READ_AHEAD = 64 << 20
 #: dtypes that operators take; anything wider is rounded to float32 first
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,6 +72,21 @@ class Staging:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self._bytes = torch.empty(size, dtype=torch.uint8)
         return self._bytes[:size].view(dtype).view(tuple(shape))
+
+
+def ahead(steps: Sequence[Callable[[], int]]) -> Iterator[int]:
+    """Indices of `steps` in order; each step is called early, so that about 64 MiB are on their way before their turn.
+
+    A step tells the kernel what will be read and returns its bytes: the disk then works while weights are packed.
+    """
+    told: list[int] = []
+    on_the_way = 0
+    for index in range(len(steps)):
+        while len(told) < len(steps) and (on_the_way < _READ_AHEAD or len(told) <= index):
+            told.append(steps[len(told)]())
+            on_the_way += told[-1]
+        yield index
+        on_the_way -= told[index]
 
 
 class Load:
@@ -179,7 +197,9 @@ class Load:
         operator = self.grafts.operators[self.grafts.owners[name][0]]
         shape = self._expected[name][0]
         count = 0
-        for count, tensors in enumerate(experts, start=1):
+        experts = list(experts)
+        steps = [partial(_prefetch, tensors) for tensors in experts]
+        for count, tensors in ((index + 1, experts[index]) for index in ahead(steps)):
             rows = sum(tensor.shape[0] for tensor in tensors)
             found = (rows, *tensors[0].shape[1:])
             if found != tuple(shape[1:]) or count > shape[0]:
@@ -215,7 +235,8 @@ class Load:
             else:
                 operator.load(local, self._packable(name, tensor))
             return
-        for expert in range(tensor.shape[0]):
+        steps = [partial(_prefetch, [tensor], expert) for expert in range(tensor.shape[0])]
+        for expert in ahead(steps):
             if isinstance(tensor, LazyTensor):
                 part = tensor.read_part(expert, self._buffer(name, tensor.shape[1:], tensor.dtype))
                 self.meter.add(tensor.source_bytes // tensor.shape[0], name)
@@ -322,6 +343,10 @@ class Load:
         self._staging = Staging()
         self._expected = {}
         self.grafts = Grafts({}, {}, {})
+
+
+def _prefetch(tensors: Sequence[Any], index: int | None = None) -> int:
+    return sum(tensor.prefetch(index) for tensor in tensors if isinstance(tensor, LazyTensor))
 
 
 class Take(ConversionOps):

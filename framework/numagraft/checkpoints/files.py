@@ -103,6 +103,11 @@ class UncachedFile:
                 piece.result()
         self._note_read(offset, offset + len(memory))
 
+    def will_need(self, offset: int, count: int) -> None:
+        """Lets the kernel start reading; costs microseconds where the pages are there already."""
+        if self._descriptor is not None:
+            os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_WILLNEED)
+
     def _read_piece(self, memory: memoryview, offset: int) -> None:
         done = 0
         while done < len(memory):

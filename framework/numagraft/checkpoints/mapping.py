@@ -67,6 +67,10 @@ class LazyTensor(ABC):
         part = self.read()[index]
         return part.clone() if out is None else out.copy_(part)
 
+    def prefetch(self, index: int | None = None) -> int:
+        """Tells the kernel that the values (or one part) are read soon; returns the bytes told, 0 where it is no use."""
+        return 0
+
     def numel(self) -> int:
         return math.prod(self.shape)
 

@@ -42,6 +42,11 @@ class SafetensorsTensor(LazyTensor):
         part = torch.empty(self.shape[1:], dtype=self.dtype) if out is None else out
         return self._file.read_tensor(part, self._offset + index * part.numel() * self.dtype.itemsize)
 
+    def prefetch(self, index: int | None = None) -> int:
+        count = self.nbytes if index is None else self.nbytes // self.shape[0]
+        self._file.will_need(self._offset + (index or 0) * count, count)
+        return count
+
 
 def read_header(file: UncachedFile) -> dict[str, SafetensorsTensor]:
     """Every tensor of a file, checked against the file's size; raises CheckpointError with all that is wrong."""
