@@ -48,13 +48,17 @@ def memory_nodes() -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="session")
-def full_nodes() -> tuple[int, ...]:
-    """Kernel ids of the nodes that have memory and CPUs; skips where there are fewer than two."""
-    memory = syscalls.parse_list((syscalls.NODES / "has_memory").read_text())
-    nodes = tuple(n for n in syscalls.parse_list((syscalls.NODES / "has_cpu").read_text()) if n in memory)
-    if len(nodes) < 2:
+def usable_nodes(memory_nodes) -> tuple[int, ...]:
+    """Kernel ids of the nodes that have memory and CPUs."""
+    return tuple(n for n in syscalls.parse_list((syscalls.NODES / "has_cpu").read_text()) if n in memory_nodes)
+
+
+@pytest.fixture(scope="session")
+def full_nodes(usable_nodes) -> tuple[int, ...]:
+    """The same, where there are two at least; skips elsewhere."""
+    if len(usable_nodes) < 2:
         pytest.skip("fewer than two nodes with memory and CPUs")
-    return nodes
+    return usable_nodes
 
 
 @pytest.fixture(autouse=True)

@@ -54,8 +54,8 @@ def test_an_untouched_page_is_nowhere():
         assert node in (-errno.ENOENT, -errno.EFAULT)
 
 
-def test_first_touch_follows_the_cpu(topology, full_nodes):
-    for node in full_nodes:
+def test_first_touch_follows_the_cpu(topology, usable_nodes):
+    for node in usable_nodes:
         with anonymous(MIB) as address, pinned(topology.cpus_of(node)):
             assert syscalls.getcpu()[1] == node
             touch(address, MIB)

@@ -68,8 +68,8 @@ def test_it_survives_json(platform):
     assert (again.nodes, again.cpus, again.allowed_nodes) == (platform.nodes, platform.cpus, platform.allowed_nodes)
 
 
-def test_an_affinity_mask_narrows_it(topology, full_nodes):
-    node = full_nodes[-1]
+def test_an_affinity_mask_narrows_it(topology, usable_nodes):
+    node = usable_nodes[-1]
     cpu = topology.cpus_of(node)[0]
 
     def narrowed() -> Platform:
@@ -110,19 +110,19 @@ def test_a_memory_limit_is_found(lab):
 
 
 @pytest.mark.parametrize(("mode", "name"), [(INTERLEAVE, "interleave"), (BIND, "bind")])
-def test_an_inherited_policy_is_told(full_nodes, mode, name):
+def test_an_inherited_policy_is_told(usable_nodes, mode, name):
     def under_policy() -> Platform:
-        syscalls.set_mempolicy(mode, full_nodes[:2])
+        syscalls.set_mempolicy(mode, usable_nodes[:2])
         return Platform.detect()
 
     seen = in_child(under_policy)
-    assert (seen.policy.mode, seen.policy.nodes) == (name, full_nodes[:2])
+    assert (seen.policy.mode, seen.policy.nodes) == (name, usable_nodes[:2])
     assert not seen.policy.is_default
 
 
-def test_a_refused_policy_query_is_not_taken_for_no_policy(full_nodes):
+def test_a_refused_policy_query_is_not_taken_for_no_policy(usable_nodes):
     def under_filter() -> Platform:
-        syscalls.set_mempolicy(INTERLEAVE, full_nodes[:2])
+        syscalls.set_mempolicy(INTERLEAVE, usable_nodes[:2])
         syscalls.refuse("get_mempolicy", "set_mempolicy", "mbind", "move_pages", errno=errno.EPERM)
         return Platform.detect()
 
