@@ -1,4 +1,4 @@
-"""The lab's command line: `python -m tests.lab setup | list | run`."""
+"""The lab's command line: `python -m tests.lab setup | list | run | ci`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from . import machine
 from .kernel import Cache, Unavailable, setup
 from .topologies import TOPOLOGIES, Topology, with_nodes
 
+CI_TOPOLOGIES = ("2-nodes", "4-nodes", "memory-only-node")
 PROJECT = Path(__file__).resolve().parents[2]
 SKIPPED, TIMEOUT, BROKEN = 77, 124, 125
 EPILOG = f"""Exit codes: the command's own; {SKIPPED}: the machine cannot have the lab (the reason is the last line on
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
             for topology in TOPOLOGIES.values():
                 print(f"{topology.name:18} {topology.summary}")
             return 0
+        if options.action == "ci":
+            return _ci(options)
         return max(_run(topology, options) for topology in _chosen(options))
     except Unavailable as reason:
         if getattr(options, "json", False) or not getattr(options, "command", True):
@@ -47,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare = actions.add_parser("setup", help="install the emulator, download the kernel")
     prepare.add_argument("--refresh", action="store_true", help="download again although the cache is filled")
     actions.add_parser("list", help="the topologies")
+    actions.add_parser("ci", help="set up, then this project's tests on " + ", ".join(CI_TOPOLOGIES))
     run = actions.add_parser("run", help="boot and run a command", epilog=EPILOG)
     run.add_argument("--nodes", type=int, metavar="N", help="the plain topology of N nodes (1, 2, 4 or 8)")
     run.add_argument(
@@ -56,11 +60,30 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--accel", choices=["tcg", "kvm"], default="tcg", help="default tcg: works everywhere, slowly")
     run.add_argument("--append", default="", metavar="ARGUMENTS", help="more kernel arguments")
     run.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="for the command; repeatable")
-    run.add_argument("--pytest", default="", metavar="ARGUMENTS", help="more arguments for the default command")
+    run.add_argument("--pytest", default="", metavar="ARGUMENTS", help="more arguments for the default command: --pytest='-m slow'")
     run.add_argument("--json", action="store_true", help="a summary as the last line also for a COMMAND of your own")
     run.add_argument("--console", action="store_true", help="show the guest kernel's messages")
     run.add_argument("command", nargs="*", metavar="COMMAND", help="after --; default: pytest on tests/numa")
     return parser
+
+
+def _ci(options: argparse.Namespace) -> int:
+    """Exit code 0 also where the machine cannot have the lab; the last line then says that it did not run, and why."""
+    names: list[str] = []
+    try:
+        _say(setup(options.cache))
+        for name in CI_TOPOLOGIES:
+            run = _parser().parse_args(["--cache", str(options.cache.root), "run", "--topology", name])
+            code = _run(TOPOLOGIES[name], run)
+            if code:
+                _say(f"failed on {name}")
+                return code
+            names.append(name)
+    except Unavailable as reason:
+        _say(f"skipped: {reason}")
+        return 0
+    _say(f"passed on {', '.join(names)}")
+    return 0
 
 
 def _chosen(options: argparse.Namespace) -> list[Topology]:

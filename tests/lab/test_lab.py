@@ -103,6 +103,18 @@ def test_without_apt_setup_is_skipped_with_its_reason(tmp_path, capsys, monkeypa
     assert capsys.readouterr().err.splitlines()[-1].startswith("lab: skipped: no apt-get")
 
 
+def test_ci_says_what_it_skipped_or_where_it_failed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main(["--cache", str(tmp_path), "ci"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lab: skipped: no apt-get")
+    ran = []
+    monkeypatch.setattr(cli, "setup", lambda cache: "ready")
+    monkeypatch.setattr(cli, "_run", lambda topology, options: ran.append(topology.name) or (ran[-1] == "4-nodes"))
+    assert cli.main(["--cache", str(tmp_path), "ci"]) == 1
+    assert ran == ["2-nodes", "4-nodes"]
+    assert capsys.readouterr().err.splitlines()[-1] == "lab: failed on 4-nodes"
+
+
 def test_an_emulator_that_dies_or_hangs_is_an_error_with_its_console(tmp_path):
     def emulator(script: str) -> list[str]:
         console = "open(sys.argv[sys.argv.index('-serial') - 1].rsplit('path=')[1], 'w').write('last words'); "
