@@ -105,12 +105,16 @@ def touch(address: int, size: int) -> None:
     ctypes.memset(address, 1, size)
 
 
-def populate(address: int, size: int) -> None:
-    """Touches by one call, in huge pages where they are had: twice as fast as `touch` where emulation makes it matter."""
-    first = -(-address // (2 * MIB)) * 2 * MIB
-    _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(0, address + size - first)), 14)  # MADV_HUGEPAGE
-    if _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), 23):  # MADV_POPULATE_WRITE
-        raise OSError(ctypes.get_errno(), "madvise")
+@contextmanager
+def filled(node: int, *, leave: int) -> Iterator[None]:
+    """A node with about `leave` bytes free: the rest is reserved as huge pages, which the kernel need not clear."""
+    file = NODES / f"node{node}/hugepages/hugepages-2048kB/nr_hugepages"
+    before = int(file.read_text())
+    file.write_text(str(before + max(0, node_free(node) - leave) // (2 * MIB)))
+    try:
+        yield
+    finally:
+        file.write_text(str(before))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from numagraft.runtime import RuntimeLayout, RuntimeNode, RuntimeSettings
 
 from . import syscalls
 from .control_groups import control_group, join
-from .syscalls import BIND, INTERLEAVE, MIB, PAGE, anonymous, in_child, mbind, pages_by_node, populate
+from .syscalls import BIND, INTERLEAVE, MIB, PAGE, anonymous, in_child, mbind, pages_by_node, touch
 
 pytestmark = pytest.mark.numa
 
@@ -136,17 +136,15 @@ def test_a_full_node_is_refused_before_the_kernel_kills(lab, usable_nodes):
     def attempt() -> str:
         layout = layout_of()
         runtime = native.Runtime(layout)
-        size = syscalls.node_free(node) - 100 * MIB
-        with anonymous(size) as address:
-            mbind(address, size, BIND, [node])
-            populate(address, size)
+        last = len(layout.nodes) - 1
+        with syscalls.filled(node, leave=100 * MIB):
             with pytest.raises(PlacementError) as refusal:
-                runtime.allocate(160 * MIB, nodes=(len(layout.nodes) - 1,), owner="layers.9.experts")
+                runtime.allocate(160 * MIB, nodes=(last,), owner="layers.9.experts")
             # what does fit is still served
-            buffer = runtime.allocate(4 * MIB, nodes=(len(layout.nodes) - 1,), owner="small")
+            buffer = runtime.allocate(4 * MIB, nodes=(last,), owner="small")
             assert pages_by_node(buffer.address, buffer.bytes) == {node: 4 * MIB // PAGE}
-            if len(layout.nodes) > 1:
-                runtime.release(runtime.allocate(160 * MIB, nodes=(0,), owner="elsewhere"))
+        # and with room again, so is the large one
+        runtime.allocate(160 * MIB, nodes=(last,), owner="layers.9.experts")
         return str(refusal.value)
 
     message = in_child(attempt)
@@ -161,12 +159,11 @@ def test_the_control_that_a_full_node_does_kill(lab, full_nodes):
     node = full_nodes[-1]
 
     def overfill() -> None:
-        size = syscalls.node_free(node) + 64 * MIB
-        with anonymous(size) as address:
-            mbind(address, size, BIND, [node])
-            populate(address, size)
+        with anonymous(160 * MIB) as address:
+            mbind(address, 160 * MIB, BIND, [node])
+            touch(address, 160 * MIB)
 
-    with pytest.raises(syscalls.ChildKilled, match="SIGKILL"):
+    with syscalls.filled(node, leave=100 * MIB), pytest.raises(syscalls.ChildKilled, match="SIGKILL"):
         in_child(overfill)
 
 
