@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from lab.topologies import TOPOLOGIES, Node, Topology
+
+from tests.lab.topologies import TOPOLOGIES, Node, Topology
 
 from . import syscalls
 
