@@ -91,6 +91,31 @@ def test_families_with_other_names_and_shapes(name: str, tmp_path: Path) -> None
     assert {n: p.dtype for n, p in other.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("door", ["load_and_optimize", "from_pretrained"])
+def test_what_a_family_keeps_in_float32_stays_so(door: str, tmp_path: Path) -> None:
+    """DeepSeek's correction bias decides which experts run; rounded to bfloat16, others would."""
+    from transformers import AutoModelForCausalLM
+
+    path = models.save(models.build(models.deepseek_v3(), dtype=torch.float32), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    rules = {
+        "schema": 1,
+        "rules": [{"id": "mixture", "match": {"name": r"model\.layers\.1\.mlp"}, "replace": {"class": "torch"}}],
+    }
+    if door == "load_and_optimize":
+        model = load_and_optimize(path, rules, dtype=torch.bfloat16)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, quantization_config=GraftConfig(rules=rules)
+        )
+    assert plain.model.layers[1].mlp.gate.e_score_correction_bias.dtype is torch.float32
+    for name, tensor in plain.model.layers[1].mlp.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        found = getattr(model.model.layers[1].mlp.get_submodule(owner), leaf)
+        assert found.dtype is tensor.dtype and torch.equal(found, tensor), name
+    assert torch.equal(logits(model), logits(plain))
+
+
 def test_plan_reads_no_weight_and_says_what_load_does(
     saved: Path, original: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

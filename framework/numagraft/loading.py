@@ -7,6 +7,7 @@ whose `items()` raises, which the loader calls outside its net.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -121,9 +122,10 @@ class Load:
 
     def graft(self, model: PreTrainedModel) -> None:
         """Puts the planned operators into a skeleton; nothing is allocated yet."""
+        self._dtype = getattr(model.config, "dtype", None) or torch.float32
+        widen(model, self._dtype)
         self._expected = {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
         self._tied = tied_names(model)
-        self._dtype = getattr(model.config, "dtype", None) or torch.float32
         self.runtime = make_runtime(self.plan)
         self.grafts = make_operators(model, self.plan, self.runtime)
         inject(model, self.grafts)
@@ -343,6 +345,26 @@ class Load:
         self._staging = Staging()
         self._expected = {}
         self.grafts = Grafts({}, {}, {})
+
+
+def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives placeholders that the family keeps in float32 (a router's correction bias) that dtype.
+
+    The loader of transformers does so where it sets a parameter itself; operators go by their placeholders.
+    """
+    plan = model._get_dtype_plan(dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = next(
+            (wide for pattern, wide in plan.items() if re.search(pattern.replace("*", ".*"), name)), tensor.dtype
+        )
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            placeholder = torch.empty(tensor.shape, dtype=wanted, device=tensor.device)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(placeholder, requires_grad=tensor.requires_grad)
+            else:
+                owner._buffers[leaf] = placeholder
 
 
 def _prefetch(tensors: Sequence[Any], index: int | None = None) -> int:
