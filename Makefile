@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env build demo test test-slow test-all lint wheel-test lab sanitize bench clean
+.PHONY: help env build demo test test-slow test-all lint wheel-test lab lab-ci sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,7 +54,11 @@ wheel-test: build  ## build the wheel, install it elsewhere, test it from outsid
 	$(PY) tests/wheel/run.py
 
 lab: build  ## run the tests marked `numa` on a real kernel with NODES nodes in a virtual machine
+	$(PY) -m tests.lab setup
 	$(PY) -m tests.lab run --nodes $(NODES)
+
+lab-ci: build  ## the lab's topologies that CI runs; says so in its last line where the machine cannot have the lab
+	$(PY) -m tests.lab ci
 
 sanitize: env  ## build the extension under AddressSanitizer+UBSan, then ThreadSanitizer, and run the native tests
 	$(PY) tests/sanitize/run.py address

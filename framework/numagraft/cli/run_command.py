@@ -130,7 +130,8 @@ def run(
     from numagraft.cli.loading_bar import LoadingBar
 
     transformers_logging.set_verbosity_error()
-    console = Console(stderr=not talk)
+    # Rich takes 80 columns where there is no terminal; the plan and the report read better in a log with more.
+    console = Console(stderr=not talk, width=None if sys.stdout.isatty() else 120)
     started = time.perf_counter()
     with LoadingBar(console, shown=talk) as bar:
         grafted = load_and_optimize(
