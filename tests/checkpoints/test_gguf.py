@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numagraft.checkpoints import load_tokenizer, open_checkpoint
-from numagraft.checkpoints.gguf import MergedExperts
-from numagraft.checkpoints.gguf_header import read_header
+from numagraft.checkpoints.files import UncachedFile
+from numagraft.checkpoints.gguf import GgufCheckpoint, GgufTensor, MergedExperts
+from numagraft.checkpoints.gguf_header import Stored, read_header
 from numagraft.errors import CheckpointError
 from tests import models
 
@@ -76,6 +78,29 @@ CASES = [
 
 def config_for(architecture: str) -> Any:
     return models.llama() if architecture == "llama" else models.qwen3_moe(moe_intermediate_size=32)
+
+
+class Permuting:
+    """A processor that moves and changes values, as those of transformers do."""
+
+    def process(self, *, weights: np.ndarray, name: str) -> Any:
+        return SimpleNamespace(weights=weights - 1 if weights.ndim == 1 else weights[::-1].T)
+
+
+@pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q8_0])
+@pytest.mark.parametrize("shape", [(64,), (32, 64)])
+def test_processing_is_done_on_values(tmp_path: Path, kind: KINDS, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).integers(-8, 8, shape).astype(np.float32)
+    data = gguf.quants.quantize(values, kind).tobytes()
+    (tmp_path / "f").write_bytes(data)
+    stored = Stored("a", kind, shape, 0, len(data))
+    file = UncachedFile(tmp_path / "f")
+    tensor = GgufTensor("a", stored, file, GgufCheckpoint._process(Permuting(), "a"))
+    plain = GgufTensor("a", stored, file, None).read()
+    expected = plain.float() - 1 if len(shape) == 1 else plain.float().flip(0).T
+    assert tensor.shape == expected.shape
+    assert torch.equal(tensor.read().float(), expected)
+    assert GgufCheckpoint._process(Permuting(), "output.weight") is None
 
 
 @pytest.mark.parametrize("architecture, kind", CASES)
@@ -174,14 +199,15 @@ def test_a_header_that_announces_nonsense(tmp_path: Path, at: int) -> None:
         open_checkpoint(path)
 
 
-def test_an_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+@pytest.mark.parametrize("architecture", ["rwkv7", "qwen35"])
+def test_an_architecture_whose_tensors_would_be_taken_wrongly(tmp_path: Path, architecture: str) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
     writer.add_tensor("a", np.zeros(32, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="rwkv7"):
+    with pytest.raises(CheckpointError, match=architecture):
         open_checkpoint(tmp_path / "m.gguf")
 
 

@@ -37,7 +37,7 @@ def _shape_only(process: Process, shape: tuple[int, ...]) -> np.ndarray:
     try:
         process(empty)
     except TypeError:
-        return np.ones(shape, dtype=np.float32)
+        return np.full(shape, -1, dtype=np.float32)  # negative, as the state matrices that Mamba takes the logarithm of
     return empty
 
 
@@ -92,9 +92,9 @@ class GgufTensor(LazyTensor):
 
     def _finish(self, values: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if self._process is not None:
-            # numpy has no bfloat16: processing moves elements, so their bits may travel as integers
-            bits = values.view(torch.int16) if values.dtype is torch.bfloat16 else values
-            values = torch.from_numpy(np.ascontiguousarray(self._process(bits.numpy()))).view(values.dtype)
+            # numpy has no bfloat16
+            plain = values.float() if values.dtype is torch.bfloat16 else values
+            values = torch.from_numpy(np.ascontiguousarray(self._process(plain.numpy()))).to(values.dtype)
         return values if out is None else out.copy_(values)
 
 
@@ -140,6 +140,13 @@ def read_config(path: Path, header: Header) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    supported = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
+    if _letters(header.architecture) not in {_letters(name) for name in supported}:
+        # some newer ones can be configured, but their tensors are converted by rules that are not applied here
+        raise CheckpointError(
+            f"{path} holds the GGUF architecture {header.architecture!r}, which is not supported; give the safetensors "
+            f"checkpoint of this model. Supported: {', '.join(supported)}"
+        )
     try:
         with tempfile.TemporaryDirectory(prefix="numagraft-") as directory:
             light = Path(directory) / "model.gguf"
@@ -147,11 +154,16 @@ def read_config(path: Path, header: Header) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(directory, gguf_file=light.name, local_files_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} describes a model that transformers cannot configure ({type(error).__name__}: {error}); GGUF "
-            f"architectures it knows: {', '.join(sorted(GGUF_SUPPORTED_ARCHITECTURES))}"
+            f"{path} describes a model that transformers cannot configure ({type(error).__name__}: {error}); give the "
+            "safetensors checkpoint of this model"
         ) from error
     config._name_or_path = str(path)
     return config
+
+
+def _letters(name: str) -> str:
+    """A name without what files and transformers spell differently: qwen3moe and qwen3_moe are one architecture."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 class _WholeNames:
@@ -252,7 +264,9 @@ class GgufCheckpoint(Checkpoint):
             self.defer()
 
     @staticmethod
-    def _process(processor: object, stored_name: str) -> Process:
+    def _process(processor: object, stored_name: str) -> Process | None:
+        if stored_name == "output.weight":  # no family changes its head, and GPT-2's processor keeps it to itself
+            return None
         return lambda weights: processor.process(weights=weights, name=stored_name).weights
 
     def drop_pages(self) -> None:
