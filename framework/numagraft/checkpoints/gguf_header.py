@@ -25,6 +25,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MOST_DIMENSIONS = 8
+#: limits far above any real file's, so that a hostile one cannot keep the reader busy
+_MOST_STRINGS, _MOST_ENTRIES = 1 << 24, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class _Cursor:
 
     def _skip_array(self, depth: int = 0) -> int:
         element, count = self.numbers("IQ")
+        if element not in _SCALARS and count > _MOST_STRINGS:
+            raise ValueError(f"there is an array of {count} elements before byte {self.at}")
         if element in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[element]))
         elif element == _STRING:
@@ -134,6 +138,8 @@ def _parse(cursor: _Cursor) -> Header:
         raise ValueError("it does not begin with GGUF")
     if version not in _VERSIONS:
         raise ValueError(f"it has the version {version}; versions {' and '.join(map(str, _VERSIONS))} are supported")
+    if max(tensor_count, value_count) > _MOST_ENTRIES:
+        raise ValueError(f"it announces {tensor_count} tensors and {value_count} values")
     metadata: dict[str, Any] = {}
     places: dict[str, tuple[int, int]] = {}
     lengths: dict[str, int] = {}
