@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numagraft.placement import Placement
     from numagraft.platform import Platform
 
+_INDEX_DTYPES = {torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8}
+
 #: intermediate features that one step of the down projection takes: shards begin at multiples of it
 STEP = 64
 
@@ -181,12 +183,13 @@ class Experts(PackedOperator):
         weights = routing_weights if top_k_weights is None else top_k_weights
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
             self.refuse_grad(hidden_states if hidden_states.requires_grad else weights)
-        if type(hidden_states) is torch.Tensor and hidden_states.is_cpu and not is_compiling():
-            return self.compute(hidden_states, index, weights)
-        if hidden_states.device.type in ("cpu", "meta"):
-            return torch.ops.numagraft.experts(hidden_states, index, weights, self._handle)
         device = hidden_states.device
-        return self.forward(hidden_states.to("cpu"), index.to("cpu"), weights.to("cpu")).to(device)
+        if device.type != "meta" and not (hidden_states.is_cpu and index.is_cpu and weights.is_cpu):
+            return self.forward(hidden_states.to("cpu"), index.to("cpu"), weights.to("cpu")).to(device)
+        plain = type(hidden_states) is type(index) is type(weights) is torch.Tensor
+        if plain and device.type == "cpu" and not is_compiling():
+            return self.compute(hidden_states, index, weights)
+        return torch.ops.numagraft.experts(hidden_states, index, weights, self._handle)
 
     def compute(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`forward` for plain CPU tensors, without the checks of the caller's mode."""
@@ -198,10 +201,15 @@ class Experts(PackedOperator):
         for tensor in (x, weights):
             if tensor.dtype not in DTYPES:
                 self.refuse_dtype(tensor)
+        if index.dtype not in _INDEX_DTYPES:
+            raise UnsupportedOperationError(f"{self.name}: found a top_k_index of dtype {index.dtype}, expected integers")
         out = x.new_empty(x.shape)
         if out.numel():
             # named, because each may be a copy: the tensors must outlive the call
-            rows, chosen, shares = x.contiguous(), index.to(torch.int64).contiguous(), weights.contiguous()
+            rows = x if x.is_contiguous() else x.contiguous()
+            chosen = index if index.dtype is torch.int64 else index.to(torch.int64)
+            chosen = chosen if chosen.is_contiguous() else chosen.contiguous()
+            shares = weights if weights.is_contiguous() else weights.contiguous()
             self.weights.forward_rows(
                 *(rows.data_ptr(), DTYPES[x.dtype], x.numel() // self.shape.hidden),
                 *(chosen.data_ptr(), index.shape[-1], shares.data_ptr(), DTYPES[weights.dtype], out.data_ptr()),

@@ -6,6 +6,7 @@ from families import build, expert_classes
 from grafting import EXPERTS_BARS, graft, relative_error, skeleton, with_unpacked_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from second_device import OTHER_TYPE, second_device
 from small_experts import filled, gpt_oss, qwen, routed
 from torch import nn
 from transformers import Qwen3MoeConfig
@@ -276,6 +277,8 @@ def test_inputs_that_do_not_fit():
             grafted(x, chosen, shares)
     with pytest.raises(UnsupportedOperationError, match="dtype float64"):
         grafted(torch.randn(3, 64, dtype=torch.float64), index, weights)
+    with pytest.raises(UnsupportedOperationError, match=r"top_k_index of dtype torch\.float32, expected integers"):
+        grafted(torch.randn(3, 64), index.float(), weights)
     for grads in ((True, False), (False, True)):
         with pytest.raises(UnsupportedOperationError, match="no gradients"):
             grafted(torch.randn(3, 64, requires_grad=grads[0]), index, weights.clone().requires_grad_(grads[1]))
@@ -305,6 +308,20 @@ def test_units_and_footprint():
         footprint = Experts.footprint(module, PackedParams(), place(policy, 2, 320, 64), "cpu")
         assert 0.9 * units.packed_bytes / 4 <= footprint.bytes_per_token <= 1.2 * units.packed_bytes / 4
         assert sum(footprint.node_bytes.values()) >= units.packed_bytes * (2 if policy == "mirror" else 1)
+
+
+def test_inputs_from_another_device_are_moved_there_and_back():
+    grafted = graft_experts(qwen())
+    x = torch.randn(3, 64)
+    index, weights = routed(3, 6)
+    with torch.no_grad():
+        expected = grafted(x, index, weights)
+    with second_device(OTHER_TYPE):
+        found = grafted(x.to(OTHER_TYPE), index.to(OTHER_TYPE), weights.to(OTHER_TYPE))
+        assert found.device == OTHER_TYPE
+        assert torch.equal(found.to("cpu"), expected)
+        mixed = grafted(x, index.to(OTHER_TYPE), weights)
+        assert mixed.device.type == "cpu" and torch.equal(mixed, expected)
 
 
 def test_meta_inputs_have_shapes():

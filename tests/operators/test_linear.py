@@ -8,6 +8,7 @@ import torch
 from grafting import LINEAR_BARS, graft, relative_error, skeleton, unpacked_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from second_device import OTHER_TYPE, second_device
 from torch import nn
 
 from numagraft.contract import Accepted, Rejected
@@ -205,6 +206,17 @@ def test_copies_are_refused():
         copy.deepcopy(nn.Sequential(grafted))
     with pytest.raises(UnsupportedOperationError, match="cannot be pickled"):
         pickle.dumps(grafted)
+
+
+def test_an_input_from_another_device_is_moved_there_and_back():
+    grafted = graft(linear())
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        expected = grafted(x)
+    with second_device(OTHER_TYPE) as crossings:
+        found = grafted(x.to(OTHER_TYPE))
+        assert found.device == OTHER_TYPE and torch.equal(found.to("cpu"), expected)
+    assert crossings.back == [(3, 128), (3, 96)] and crossings.there == [(3, 128), (3, 96)]
 
 
 def test_meta_inputs_have_shapes():
