@@ -14,7 +14,7 @@ import typer
 from numagraft import __version__
 from numagraft.errors import NumagraftError, PlacementError
 
-COMMANDS = ("run", "plan", "doctor", "explain", "lint", "rules")
+COMMANDS = ("run", "plan", "doctor", "explain", "lint", "rules", "bench")
 
 app = typer.Typer(
     name="numagraft",

@@ -119,9 +119,28 @@ def _bytes_per_weight(plan: Plan) -> float:
     return amount / weights if weights else 1.0
 
 
+def _measured(plan: Plan, platform: Platform) -> dict[int, float]:
+    """Compute node -> bytes per second of its own memory, where this machine was measured."""
+    from numagraft.doctor.measurement import Measurement
+
+    measurement = Measurement.load(platform) if platform.live else None
+    if measurement is None:
+        return {}
+    found = {}
+    for index in plan.layout.compute_nodes:
+        os_node = plan.layout.nodes[index].os_node
+        speed = None if os_node is None else measurement.local_gb_per_s(os_node)
+        if speed:
+            found[index] = speed * 1e9
+    return found
+
+
 def _bandwidths(plan: Plan, platform: Platform) -> tuple[dict[int, float], str]:
     """Bytes per second of each compute node, and where the figure comes from."""
     compute = plan.layout.compute_nodes
+    measured = _measured(plan, platform)
+    if len(measured) == len(compute):
+        return measured, "read bandwidth as `numagraft doctor` measured it here"
     known = {node.id: node.read_mb_per_s for node in platform.nodes}
     firmware = {
         index: known[os_node] * 1e6
