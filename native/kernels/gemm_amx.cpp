@@ -100,57 +100,85 @@ NUMAGRAFT_INLINE void step(const std::byte* inputs, std::int64_t input_stride, c
   }
 }
 
-NUMAGRAFT_INLINE void prefetch_unit(const std::byte* w, std::int64_t bytes) {
-  for (std::int64_t line = 0; line < bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + line + kVnniPrefetchAhead), _MM_HINT_T1);
-  }
-}
+// Asks for what lies one chunk ahead in the stream, a share of it with every step over this chunk: with many rows per
+// chunk memory would otherwise idle while the rows after the first are multiplied, and requests that come faster than
+// memory answers are dropped.
+struct Ahead {
+  const std::byte* from;     // the byte one chunk after the unit that is multiplied first
+  std::int64_t unit_bytes;
+  std::int64_t first_line;   // this block's share of a unit's cache lines
+  std::int64_t last_line;
 
-// Integer products of one block with the units [first, last) of 2 KB each at `weights`, in tiles 0..3.
-template <Multiply how, bool two>
-NUMAGRAFT_INLINE void integer_chunk(const RowBlock& block, const std::byte* weights, std::int64_t first, std::int64_t last,
-                                    std::int64_t prefetch_bytes) {
-  constexpr std::uint8_t tiles = two ? 3 : 1;
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  clear_results<two>();
-  bool any = false;
-  for (std::int64_t unit = first; unit < last; ++unit) {
-    if (block.flags[unit] & tiles) {
-      any = true;
-      step<how, two>(block.high + unit * step_bytes, kUnitInputs, weights + (unit - first) * 2048);
+  Ahead(const std::byte* weights, std::int64_t chunk_bytes, std::int64_t bytes, int block, int blocks)
+      : from(weights + chunk_bytes),
+        unit_bytes(bytes),
+        first_line(bytes / 64 * block / blocks),
+        last_line(bytes / 64 * (block + 1) / blocks) {}
+  NUMAGRAFT_INLINE void ask(const Ahead& a, std::int64_t unit) {
+    const std::byte* p = a.from + unit * a.unit_bytes;
+    for (std::int64_t line = a.first_line; line < a.last_line; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(p + line * 64), _MM_HINT_T1);
     }
   }
-  if (any) {
-    alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
-    store_results<two>(high);
-    for (int i = 0; i < (two ? 32 : 16) * kPanelColumns; i += kLanes) store(high + i, load<I>(high + i) << 7);
-    load_results<two>(high);
-  }
+};
+
+template <bool two>
+NUMAGRAFT_INLINE bool flagged(const RowBlock& block, std::int64_t unit) {
+  return block.flags[unit] & (two ? 3 : 1);
+}
+
+// The high halves of a block times units [first, last), which are few; 2 KB units at `weights` + stride * unit. False, and
+// nothing stored, where there are none.
+template <Multiply how, bool two>
+NUMAGRAFT_INLINE bool high_products(const RowBlock& block, const std::byte* weights, std::int64_t unit_bytes,
+                                    std::int64_t first, std::int64_t last, std::int32_t* products) {
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  bool any = false;
   for (std::int64_t unit = first; unit < last; ++unit) {
-    const std::byte* w = weights + (unit - first) * 2048;
-    if (prefetch_bytes) prefetch_unit(w, prefetch_bytes);
-    step<how, two>(block.low + unit * step_bytes, kUnitInputs, w);
+    if (!flagged<two>(block, unit)) continue;
+    if (!any) clear_results<two>();
+    any = true;
+    step<how, two>(block.high + unit * step_bytes, kUnitInputs, weights + (unit - first) * unit_bytes);
   }
+  if (any) store_results<two>(products);
+  return any;
 }
 
 template <bool two>
-void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last,
-                bool fresh, float* c) {
+void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t first, std::int64_t last, float* c) {
   const Layout& layout = *a.layout;
-  const std::byte* weights = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-  integer_chunk<Multiply::by_unsigned, two>(block, weights, first, last, fresh ? layout.unit_bytes : 0);
-  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
-  store_results<two>(sums);
+  const RowBlock& block = a.blocks[index];
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  const std::byte* weights = a.panel + panel * layout.panel_bytes;
+  const std::byte* w = weights + first * layout.unit_bytes;
+  const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
+  clear_results<two>();
+  for (std::int64_t unit = 0; unit < last - first; ++unit) {
+    Ahead::ask(ahead, unit);
+    step<Multiply::by_unsigned, two>(block.low + (first + unit) * step_bytes, kUnitInputs, w + unit * 2048);
+  }
   const bool end = last == layout.units;
-  for (int t = 0; t < 2; ++t) {
-    const F side = load<F>(a.side + panel * kPanelColumns + t * kLanes);
-    for (int row = 0; row < block.rows; ++row) {
+  if (first == 0 && !end && block.rows == (two ? 32 : 16)) {
+    store_results<two>(c);
+    return;
+  }
+  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
+  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
+  store_results<two>(sums);
+  // Once per call, when the panel is in L2: high halves are few, and a chunk of its own for each would cost more.
+  const bool any = last == a.last_unit && high_products<Multiply::by_unsigned, two>(block, weights + a.first_unit * layout.unit_bytes,
+                                                                                     layout.unit_bytes, a.first_unit, last, high);
+  const F side[2] = {load<F>(a.side + panel * kPanelColumns), load<F>(a.side + panel * kPanelColumns + kLanes)};
+  for (int row = 0; row < block.rows; ++row) {
+    const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
+    const F scale = splat(block.scale[row]);
+    for (int t = 0; t < 2; ++t) {
       float* to = c + row * kPanelColumns + t * kLanes;
       I total = load<I>(sums + row * kPanelColumns + t * kLanes);
       if (first > 0) total += load<I>(to);
+      if (any) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
       if (end) {
-        total -= static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
-        store(to, to_float(total) * (side * splat(block.scale[row])));
+        store(to, to_float(total - offset) * (side[t] * scale));
       } else {
         store(to, total);
       }
@@ -221,18 +249,42 @@ NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, c
   }
 }
 
-template <bool two>
-void rerounded_block(const GemmArgs& a, const std::byte* expanded, const float* side, const RowBlock& block,
-                     std::int64_t first, std::int64_t last, float* c) {
-  integer_chunk<Multiply::by_signed, two>(block, expanded, first, last, 0);
+template <WeightKind kind, bool symmetric, bool two>
+void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t first, std::int64_t last, std::byte* expanded,
+                     float* c) {
+  constexpr std::int64_t early = 2;  // units that are expanded before the tiles need them
+  const Layout& layout = *a.layout;
+  const RowBlock& block = a.blocks[index];
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
+  const float* side = a.side + panel * kPanelColumns + first / kChunkUnits * a.side_stride;
+  const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
+  const std::int64_t units = last - first;
+  clear_results<two>();
+  if (index == 0) {
+    for (std::int64_t unit = 0; unit < early && unit < units; ++unit) {
+      expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, side, expanded + unit * 2048);
+    }
+  }
+  for (std::int64_t unit = 0; unit < units; ++unit) {
+    if (index == 0 && unit + early < units) {
+      expand_unit<kind, symmetric>(layout, w + (unit + early) * layout.unit_bytes, side, expanded + (unit + early) * 2048);
+    }
+    Ahead::ask(ahead, unit);
+    step<Multiply::by_signed, two>(block.low + (first + unit) * step_bytes, kUnitInputs, expanded + unit * 2048);
+  }
   alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
+  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   store_results<two>(sums);
-  (void)a;
-  for (int t = 0; t < 2; ++t) {
-    const F scale = load<F>(side + t * kLanes);
-    for (int row = 0; row < block.rows; ++row) {
+  const bool any = high_products<Multiply::by_signed, two>(block, expanded, 2048, first, last, high);
+  const F scales[2] = {load<F>(side), load<F>(side + kLanes)};
+  for (int row = 0; row < block.rows; ++row) {
+    const F by = splat(block.scale[row]);
+    for (int t = 0; t < 2; ++t) {
       float* to = c + row * kPanelColumns + t * kLanes;
-      const F value = to_float(load<I>(sums + row * kPanelColumns + t * kLanes)) * (scale * splat(block.scale[row]));
+      I total = load<I>(sums + row * kPanelColumns + t * kLanes);
+      if (any) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
+      const F value = to_float(total) * (scales[t] * by);
       store(to, first > 0 ? load<F>(to) + value : value);
     }
   }
@@ -240,26 +292,18 @@ void rerounded_block(const GemmArgs& a, const std::byte* expanded, const float* 
 
 template <WeightKind kind, bool symmetric>
 void gemm_rerounded(const GemmArgs& a) {
-  const Layout& layout = *a.layout;
   alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
       const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
-      const float* side = a.side + panel * kPanelColumns + first / kChunkUnits * a.side_stride;
-      for (std::int64_t unit = first; unit < last; ++unit) {
-        const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
-        prefetch_unit(w, layout.unit_bytes);
-        expand_unit<kind, symmetric>(layout, w, side, expanded + (unit - first) * 2048);
-      }
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        if (block.stride_rows > 16) {
-          rerounded_block<true>(a, expanded, side, block, first, last, c);
+        if (a.blocks[b].stride_rows > 16) {
+          rerounded_block<kind, symmetric, true>(a, panel, b, first, last, expanded, c);
         } else {
-          rerounded_block<false>(a, expanded, side, block, first, last, c);
+          rerounded_block<kind, symmetric, false>(a, panel, b, first, last, expanded, c);
         }
-        c += block.rows * kPanelColumns;
+        c += a.blocks[b].rows * kPanelColumns;
       }
     }
   }
@@ -271,13 +315,12 @@ void gemm_int8(const GemmArgs& a) {
       const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        if (block.stride_rows > 16) {
-          int8_block<true>(a, panel, block, first, last, b == 0, c);
+        if (a.blocks[b].stride_rows > 16) {
+          int8_block<true>(a, panel, b, first, last, c);
         } else {
-          int8_block<false>(a, panel, block, first, last, b == 0, c);
+          int8_block<false>(a, panel, b, first, last, c);
         }
-        c += block.rows * kPanelColumns;
+        c += a.blocks[b].rows * kPanelColumns;
       }
     }
   }
@@ -288,11 +331,10 @@ void gemm_int8(const GemmArgs& a) {
 constexpr std::int64_t kFloatChunkUnits = kChunkUnits / 2;
 
 template <bool two>
-void bf16_block(const std::byte* weights, bool fresh, const RowBlock& block, std::int64_t first, std::int64_t last, float* c) {
+void bf16_block(const std::byte* weights, const Ahead& ahead, const RowBlock& block, std::int64_t first, std::int64_t last, float* c) {
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs * 2;
   alignas(64) float sums[kBlockRows * kPanelColumns];
-  const int room = two ? 32 : 16;
-  const bool whole = block.rows == room;  // otherwise c has no room for the padded rows
+  const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
   float* results = whole ? c : sums;
   if (first == 0) {
     clear_results<two>();
@@ -303,9 +345,8 @@ void bf16_block(const std::byte* weights, bool fresh, const RowBlock& block, std
   for (std::int64_t unit = first; unit < last; ++unit) {
     const std::byte* w = weights + (unit - first) * 4096;
     const std::byte* x = block.low + unit * step_bytes;
-    if (fresh) prefetch_unit(w, 2048);
+    Ahead::ask(ahead, unit - first);
     step<Multiply::bf16, two>(x, kUnitInputs * 2, w);
-    if (fresh) prefetch_unit(w + 2048, 2048);
     step<Multiply::bf16, two>(x + 64, kUnitInputs * 2, w + 2048);
   }
   store_results<two>(results);
@@ -315,7 +356,7 @@ void bf16_block(const std::byte* weights, bool fresh, const RowBlock& block, std
 void expand_fp8(const std::byte* unit, const float* side, std::byte* to) {
   for (int half = 0; half < 2; ++half) {
     for (int t = 0; t < 2; ++t) {
-      const F scale = load<F>(side + t * kLanes) ;
+      const F scale = load<F>(side + t * kLanes);
       for (int pair = 0; pair < 16; ++pair) {
         F even;
         F odd;
@@ -339,19 +380,20 @@ void gemm_bf16(const GemmArgs& a) {
       if (fp8) {
         for (std::int64_t unit = first; unit < last; ++unit) {
           const std::byte* w = weights + (unit - first) * layout.unit_bytes;
-          prefetch_unit(w, layout.unit_bytes);
           expand_fp8(w, a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride,
                      expanded + (unit - first) * 4096);
         }
         weights = expanded;
       }
       float* c = a.c + panel * a.c_panel_stride;
+      const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
+        const Ahead ahead(stream, kFloatChunkUnits * layout.unit_bytes, layout.unit_bytes, b, a.block_count);
         if (block.stride_rows > 16) {
-          bf16_block<true>(weights, !fp8 && b == 0, block, first, last, c);
+          bf16_block<true>(weights, ahead, block, first, last, c);
         } else {
-          bf16_block<false>(weights, !fp8 && b == 0, block, first, last, c);
+          bf16_block<false>(weights, ahead, block, first, last, c);
         }
         c += block.rows * kPanelColumns;
       }
