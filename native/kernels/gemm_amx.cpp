@@ -115,10 +115,15 @@ struct Ahead {
         first_line(bytes / 64 * block / blocks),
         last_line(bytes / 64 * (block + 1) / blocks) {}
   NUMAGRAFT_INLINE void ask(const Ahead& a, std::int64_t unit) {
-    const std::byte* p = a.from + unit * a.unit_bytes;
-    for (std::int64_t line = a.first_line; line < a.last_line; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(p + line * 64), _MM_HINT_T1);
+    const std::byte* p = a.from + unit * a.unit_bytes + a.first_line * 64;
+    const std::byte* end = a.from + unit * a.unit_bytes + a.last_line * 64;
+    for (; p + 256 <= end; p += 256) {
+      _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p + 64), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p + 128), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(p + 192), _MM_HINT_T1);
     }
+    for (; p < end; p += 64) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
   }
 };
 
@@ -152,13 +157,19 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
   const std::byte* w = weights + first * layout.unit_bytes;
   const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
-  clear_results<two>();
+  const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
+  const bool resumed = whole && first > 0;
+  if (resumed) {
+    load_results<two>(c);
+  } else {
+    clear_results<two>();
+  }
   for (std::int64_t unit = 0; unit < last - first; ++unit) {
     Ahead::ask(ahead, unit);
     step<Multiply::by_unsigned, two>(block.low + (first + unit) * step_bytes, kUnitInputs, w + unit * 2048);
   }
   const bool end = last == layout.units;
-  if (first == 0 && !end && block.rows == (two ? 32 : 16)) {
+  if (whole && last < a.last_unit) {
     store_results<two>(c);
     return;
   }
@@ -175,7 +186,7 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
     for (int t = 0; t < 2; ++t) {
       float* to = c + row * kPanelColumns + t * kLanes;
       I total = load<I>(sums + row * kPanelColumns + t * kLanes);
-      if (first > 0) total += load<I>(to);
+      if (first > 0 && !resumed) total += load<I>(to);
       if (any) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
       if (end) {
         store(to, to_float(total - offset) * (side[t] * scale));
@@ -188,16 +199,24 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
 
 // ---- int4 and mxfp4: a chunk re-rounded to int8, one scale per column and chunk
 
+// 256 / scale of 16 columns of a chunk, 0 for a column of zeros.
+NUMAGRAFT_INLINE __m512 inverse_scales(const float* side) {
+  const __m512 scale = _mm512_loadu_ps(side);
+  return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ), _mm512_set1_ps(256.0f), scale);
+}
+
 template <WeightKind kind, bool symmetric>
-NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, const float* side, std::byte* to) {
+NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, const __m512 (&inverses)[2], std::byte* to) {
   const std::byte* scales = unit + layout.data_bytes;
   const __m512i mask = _mm512_set1_epi16(15);
-  const __m512i upper = _mm512_set1_epi16(static_cast<short>(0xFF00));
+  // bytes 1, 3, 5, ... of two registers in turn: of every 16-bit product its upper byte, even inputs before odd ones
+  alignas(64) static const std::uint8_t kUpperBytes[64] = {
+      1,  65, 3,  67, 5,  69, 7,  71, 9,  73, 11, 75, 13, 77,  15, 79,  17, 81,  19, 83,  21, 85,  23, 87,  25, 89,  27, 91,  29, 93,  31, 95,
+      33, 97, 35, 99, 37, 101, 39, 103, 41, 105, 43, 107, 45, 109, 47, 111, 49, 113, 51, 115, 53, 117, 55, 119, 57, 121, 59, 123, 61, 125, 63, 127};
+  const __m512i upper_bytes = _mm512_load_si512(kUpperBytes);
   const __m512i lookup = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
   for (int t = 0; t < 2; ++t) {
-    const __m512 largest = _mm512_loadu_ps(side + t * kTileColumns);
-    const __mmask16 present = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-    const __m512 inverse = _mm512_maskz_div_ps(present, _mm512_set1_ps(256.0f), largest);
+    const __m512 inverse = inverses[t];
     __m512i factor[2];
     __m512i offset[2];
     for (int g = 0; g < 2; ++g) {
@@ -242,8 +261,7 @@ NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, c
       for (int g = 0; g < 2; ++g) {
         const __m512i e = _mm512_add_epi16(_mm512_mullo_epi16(even[g], factor[g]), offset[g]);
         const __m512i o = _mm512_add_epi16(_mm512_mullo_epi16(odd[g], factor[g]), offset[g]);
-        const __m512i both = _mm512_ternarylogic_epi32(upper, o, _mm512_srli_epi16(e, 8), 0xEA);  // (upper & o) | (e >> 8)
-        _mm512_store_si512(to + t * 1024 + g * 512 + row * 64, both);
+        _mm512_store_si512(to + t * 1024 + g * 512 + row * 64, _mm512_permutex2var_epi8(e, upper_bytes, o));
       }
     }
   }
@@ -252,7 +270,7 @@ NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, c
 template <WeightKind kind, bool symmetric, bool two>
 void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t first, std::int64_t last, std::byte* expanded,
                      float* c) {
-  constexpr std::int64_t early = 2;  // units that are expanded before the tiles need them
+  constexpr std::int64_t early = 4;  // units that are expanded before the tiles need them
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[index];
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
@@ -261,14 +279,15 @@ void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int6
   const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
   const std::int64_t units = last - first;
   clear_results<two>();
+  const __m512 inverses[2] = {inverse_scales(side), inverse_scales(side + kTileColumns)};
   if (index == 0) {
     for (std::int64_t unit = 0; unit < early && unit < units; ++unit) {
-      expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, side, expanded + unit * 2048);
+      expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, inverses, expanded + unit * 2048);
     }
   }
   for (std::int64_t unit = 0; unit < units; ++unit) {
     if (index == 0 && unit + early < units) {
-      expand_unit<kind, symmetric>(layout, w + (unit + early) * layout.unit_bytes, side, expanded + (unit + early) * 2048);
+      expand_unit<kind, symmetric>(layout, w + (unit + early) * layout.unit_bytes, inverses, expanded + (unit + early) * 2048);
     }
     Ahead::ask(ahead, unit);
     step<Multiply::by_signed, two>(block.low + (first + unit) * step_bytes, kUnitInputs, expanded + unit * 2048);
