@@ -104,7 +104,7 @@ def source_model(options: argparse.Namespace) -> Any:
     if options.moe:
         model = upcycled(model, experts=options.experts, topk=options.topk)
     if options.rotate:
-        rotate(model, lm_head=options.lm_head)
+        rotate(model, lm_head=options.lm_head, side=options.rotate)
     return model
 
 
@@ -125,7 +125,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--experts", type=int, default=4, help="experts per layer with --moe (default 4)")
     made.add_argument("--topk", type=int, default=2, help="experts per token with --moe (default 2)")
     made.add_argument("--lm-head", action="store_true", help="graft lm_head as well")
-    made.add_argument("--rotate", action="store_true", help="turn the weights off the file's own 4-bit grid first")
+    made.add_argument(
+        "--rotate",
+        nargs="?",
+        const="input",
+        choices=("input", "output"),
+        help="turn the weights off the file's own 4-bit grid first, on that side of each linear layer (default input)",
+    )
     made.add_argument("--activations", help="the operators' `activations` kwarg")
     made.add_argument("--placement", help="the operators' `placement` kwarg")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the grafted model")

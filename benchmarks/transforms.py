@@ -7,7 +7,7 @@ them ordinary dense weights again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -71,6 +71,9 @@ def upcycled(model: LlamaForCausalLM, *, experts: int = 4, topk: int = 2, seed: 
     return made.eval()
 
 
+Side = Literal["input", "output"]
+
+
 def random_orthogonal(size: int, *, seed: int) -> torch.Tensor:
     """A [size, size] fp32 orthogonal matrix, uniform over all of them (QR of a Gaussian, R's signs made positive)."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,10 +82,15 @@ def random_orthogonal(size: int, *, seed: int) -> torch.Tensor:
 
 
 class RotatedLinear(nn.Module):
-    """y = W x computed as (W Q^T)(Q x): `inner` holds the rotated weight, this module turns its input."""
+    """y = W x with a rotated weight in `inner`, the rotation undone here.
 
-    def __init__(self, linear: nn.Linear, rotation: torch.Tensor) -> None:
+    side "input": (W Q^T)(Q x), which also spreads each row's large weights and the inputs' outliers over all inputs; side
+    "output": Q^T((Q W) x), which mixes the rows and leaves every input where it was.
+    """
+
+    def __init__(self, linear: nn.Linear, rotation: torch.Tensor, *, side: Side = "input") -> None:
         super().__init__()
+        self.side = side
         self.inner = nn.Linear(
             linear.in_features,
             linear.out_features,
@@ -90,13 +98,19 @@ class RotatedLinear(nn.Module):
             dtype=linear.weight.dtype,
             device="meta",
         )
-        turned = (linear.weight.float() @ rotation.T).to(linear.weight.dtype)
-        self.inner.weight = nn.Parameter(turned, requires_grad=False)
-        self.inner.bias = linear.bias
+        weight = linear.weight.float()
+        turned = weight @ rotation.T if side == "input" else rotation @ weight
+        self.inner.weight = nn.Parameter(turned.to(linear.weight.dtype), requires_grad=False)
+        bias = linear.bias
+        if bias is not None and side == "output":
+            bias = nn.Parameter((rotation @ bias.float()).to(bias.dtype), requires_grad=False)
+        self.inner.bias = bias
         self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner((x.float() @ self.rotation.T).to(x.dtype))
+        if self.side == "input":
+            return self.inner((x.float() @ self.rotation.T).to(x.dtype))
+        return (self.inner(x).float() @ self.rotation).to(x.dtype)
 
 
 class RotatedExperts(nn.Module):
@@ -119,10 +133,11 @@ class RotatedExperts(nn.Module):
         return (self.inner(turned, index, weights).float() @ self.rotation).to(x.dtype)
 
 
-def rotate(model: PreTrainedModel, *, lm_head: bool = False, seed: int = 1) -> None:
+def rotate(model: PreTrainedModel, *, lm_head: bool = False, side: Side = "input", seed: int = 1) -> None:
     """Wraps every linear layer and every fused experts module of `model` in place; `lm_head` only when asked.
 
-    One orthogonal matrix per input size. A tied `lm_head` is untied: its rotated copy is another tensor.
+    `side` is that of the linear layers (RotatedLinear); experts have one way only.
+    One orthogonal matrix per size. A tied `lm_head` is untied: its rotated copy is another tensor.
     """
     rotations: dict[int, torch.Tensor] = {}
 
@@ -134,7 +149,10 @@ def rotate(model: PreTrainedModel, *, lm_head: bool = False, seed: int = 1) -> N
     for name, module in list(model.named_modules()):
         wrapped: nn.Module
         if type(module) is nn.Linear and (lm_head or name != "lm_head"):
-            wrapped = RotatedLinear(module, of_size(module.in_features))
+            # lm_head's output is the vocabulary: an orthogonal matrix of that size is out of reach
+            turned_side: Side = "input" if name == "lm_head" else side
+            size = module.in_features if turned_side == "input" else module.out_features
+            wrapped = RotatedLinear(module, of_size(size), side=turned_side)
         elif (
             hasattr(module, "gate_up_proj")
             and hasattr(module, "down_proj")

@@ -74,6 +74,10 @@ def test_an_orthogonal_matrix_is_one():
     linear = nn.Linear(96, 8)
     x = torch.randn(3, 96)
     assert torch.allclose(RotatedLinear(linear, q)(x), linear(x), atol=1e-5)
+    small = RotatedLinear(linear, random_orthogonal(8, seed=1), side="output")
+    assert torch.allclose(small(x), linear(x), atol=1e-5)
+    small.rotation = random_orthogonal(8, seed=2)
+    assert not torch.allclose(small(x), linear(x), atol=1e-2)
 
 
 def test_figures_of_known_distributions():
