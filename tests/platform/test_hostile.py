@@ -124,6 +124,15 @@ def test_a_few_files_of_nonsense(files):
     check(Platform.read(MemoryTree(files)))
 
 
+@pytest.mark.timeout(60)  # it was quadratic: minutes
+def test_one_core_that_claims_every_cpu():
+    mask = ",".join(["ffffffff"] * 2048)
+    platform = Platform.read(
+        MemoryTree({"/sys/devices/system/cpu/online": "0-3", "/sys/devices/system/cpu/cpu3/topology/thread_siblings": mask})
+    )
+    check(platform)
+
+
 def test_the_largest_number_of_cpus_that_is_believed():
     files = {"/sys/devices/system/cpu/online": "0-65535", "/sys/devices/system/node/node0/cpulist": "0-65535"}
     platform = Platform.read(MemoryTree(files))

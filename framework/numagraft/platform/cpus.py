@@ -35,8 +35,9 @@ def read_cpus(tree: Tree, node_cpus: Mapping[int, tuple[int, ...]]) -> tuple[Cpu
                 if fallback is None:
                     fallback = _cpuinfo_topology(tree)
                 siblings = fallback.get(cpu, ((cpu,), None))[0]
+            first = min(sibling for sibling in siblings if sibling in listed) if cpu in siblings else cpu
             for sibling in siblings:
-                core_of.setdefault(sibling, min(s for s in siblings if s in listed) if cpu in siblings else cpu)
+                core_of.setdefault(sibling, first)
         if cpu not in socket_of:
             package = parse_int(tree.read(f"{folder}/topology/physical_package_id"))
             if package is None:
