@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.report import Table, emit
+from numagraft.cli.bench_command import median_seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,17 +28,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-peer", action="store_true", help="do not run the ungrafted model")
     made.add_argument("--json", action="store_true", help="print only the JSON line")
     return made
-
-
-def median_seconds(call: Callable[[], Any], repeat: int) -> float:
-    """The median of `repeat` calls after one that does not count."""
-    call()
-    found = []
-    for _ in range(repeat):
-        begin = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
 
 
 def tokens_per_second(model: Any, options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -88,7 +88,29 @@ def _native_parts(parts: Sequence[Part]) -> list[_native.Part]:
     ]
 
 
-class LinearWeights:
+class _PackedWeights:
+    """What every packed weight answers about itself."""
+
+    _weights: _native.LinearWeights | _native.ExpertsWeights
+
+    def buffers(self) -> list[PlacedBuffer]:
+        """One per part that holds rows (linear) or features (experts)."""
+        return [PlacedBuffer.of(buffer) for buffer in self._weights.buffers() if buffer.bytes]
+
+    @property
+    def packed_bytes(self) -> int:
+        return self._weights.packed_bytes
+
+    @property
+    def isa(self) -> str:
+        """The kernel row that packs and computes."""
+        return self._weights.isa
+
+    def stats(self) -> OperatorStats:
+        return OperatorStats.of(self._weights.stats())
+
+
+class LinearWeights(_PackedWeights):
     """y = x W^T + b with W [out_features, in_features] packed into the parts (units are output features).
 
     `isa` names another kernel row than the active one. Raises ConfigurationError (format, isa) and PlacementError (parts
@@ -151,22 +173,6 @@ class LinearWeights:
         """The dequantised weight [out_features, in_features]: what the packed bytes mean."""
         self._weights.unpack(out.view(), replica)
 
-    def buffers(self) -> list[PlacedBuffer]:
-        """One per part that holds rows."""
-        return [PlacedBuffer.of(buffer) for buffer in self._weights.buffers() if buffer.bytes]
-
-    @property
-    def packed_bytes(self) -> int:
-        return self._weights.packed_bytes
-
-    @property
-    def isa(self) -> str:
-        """The kernel row that packs and computes."""
-        return self._weights.isa
-
-    def stats(self) -> OperatorStats:
-        return OperatorStats.of(self._weights.stats())
-
 
 def linear_packed_bytes(
     out_features: int, in_features: int, format: WeightFormat, has_bias: bool, parts: Sequence[Part]
@@ -182,7 +188,7 @@ def linear_packed_bytes(
     ]
 
 
-class ExpertsWeights:
+class ExpertsWeights(_PackedWeights):
     """The experts of a mixture: gate and up [intermediate, hidden], down [hidden, intermediate], for each expert.
 
     Units of the parts are intermediate features: shards add partial sums. `isa` names another kernel row than the active
@@ -282,22 +288,6 @@ class ExpertsWeights:
 
     def unpack_down(self, expert: int, out: Matrix, *, replica: int = 0) -> None:
         self._weights.unpack("down", expert, out.view(), replica)
-
-    def buffers(self) -> list[PlacedBuffer]:
-        """One per part that holds features."""
-        return [PlacedBuffer.of(buffer) for buffer in self._weights.buffers() if buffer.bytes]
-
-    @property
-    def packed_bytes(self) -> int:
-        return self._weights.packed_bytes
-
-    @property
-    def isa(self) -> str:
-        """The kernel row that packs and computes."""
-        return self._weights.isa
-
-    def stats(self) -> OperatorStats:
-        return OperatorStats.of(self._weights.stats())
 
 
 def experts_packed_bytes(
