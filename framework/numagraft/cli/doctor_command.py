@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from numagraft.cli.console import open_console
+
 if TYPE_CHECKING:
     from numagraft.doctor import Measurement
     from numagraft.platform import Platform
@@ -31,19 +33,15 @@ def doctor(
     if as_json:
         typer.echo(diagnosis.to_json())
     else:
-        from rich.console import Console
-
-        Console().print(diagnosis, highlight=False)
+        open_console().print(diagnosis, highlight=False)
     if not diagnosis.ok:
         raise typer.Exit(1)
 
 
 def _measure(platform: Platform, *, quiet: bool) -> Measurement:
-    from rich.console import Console
-
     from numagraft.doctor import measure
 
-    console = Console(stderr=True, quiet=quiet)
+    console = open_console(stderr=True, quiet=quiet)
     with console.status("measuring") as status:
         measurement = measure(platform, progress=lambda text: status.update(f"measuring: {text}"))
     try:

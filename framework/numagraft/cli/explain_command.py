@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from numagraft.cli.console import open_console
 from numagraft.cli.sources import (
     Json,
     Machine,
@@ -40,10 +41,9 @@ def explain(
     if as_json:
         typer.echo(json.dumps(as_plain(found)))
         return
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = open_console()
     layer = "" if found.layer is None else f", layer {found.layer}"
     console.print(Text(f"{found.name}: {found.class_name}, {found.role or 'no role'}{layer}, {found.tower} tower"))
     console.print(Text(f"  {found.decision}", style="bold"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from numagraft.cli.console import open_console
 from numagraft.cli.sources import (
     Json,
     Machine,
@@ -53,9 +54,7 @@ def plan(
         data["prediction"] = None if predictions is None else _plain(predictions)
         typer.echo(json.dumps(data))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = open_console()
     console.print(made.render())
     if predictions is not None:
         console.print(_prediction_table(predictions))
@@ -111,13 +110,12 @@ def _prediction_table(predictions: Predictions) -> Any:
 
 
 def _print_difference(found: Difference, before: str, after: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from numagraft.plans.table import group_name
     from numagraft.sizes import format_size
 
-    console = Console()
+    console = open_console()
     if not found:
         console.print("no difference")
         return

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from numagraft.cli.console import open_console
 from numagraft.cli.sources import Json, Machine, Settings, quiet_transformers, read_platform, read_rules
 from numagraft.errors import ConfigurationError
 
@@ -195,7 +196,6 @@ def schema() -> None:
 
 
 def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_edge=False)
@@ -203,7 +203,7 @@ def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    open_console().print(table)
 
 
 def register(app: typer.Typer) -> None:

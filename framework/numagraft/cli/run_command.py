@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from numagraft.cli.console import open_console
 from numagraft.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -122,7 +123,6 @@ def run(
         raise ConfigurationError("the prompt is empty: give --prompt TEXT, or '-' and text on standard input")
     talk = not (as_json or quiet)
 
-    from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
     from numagraft.api import load_and_optimize
@@ -130,8 +130,7 @@ def run(
     from numagraft.cli.loading_bar import LoadingBar
 
     transformers_logging.set_verbosity_error()
-    # Rich takes 80 columns where there is no terminal; the plan and the report read better in a log with more.
-    console = Console(stderr=not talk, width=None if sys.stdout.isatty() else 120)
+    console = open_console(stderr=not talk)
     started = time.perf_counter()
     with LoadingBar(console, shown=talk) as bar:
         grafted = load_and_optimize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -17,7 +16,6 @@ from numagraft.sizes import format_size
 
 if TYPE_CHECKING:
     from numagraft.planning import KeptModule, Plan, PlannedModule
-    from numagraft.rulefile.rules import Location
 
 #: more nodes than this share one column with the smallest and the largest amount
 NODE_COLUMNS = 4
@@ -94,8 +92,10 @@ def _modules(plan: Plan) -> Table:
     nodes = range(len(plan.layout.nodes))
     several = len(nodes) > NODE_COLUMNS
     table = Table(title=f"{plan.model_class} by {plan.source}", title_justify="left", title_style="bold", show_edge=False)
-    for heading in ("modules", "rule", "operator", "format", "placement"):
+    for heading in ("modules", "rule"):
         table.add_column(heading, overflow="fold")
+    for heading in ("operator", "format", "placement"):
+        table.add_column(heading, no_wrap=True)
     table.add_column("count", justify="right")
     for heading in ["per node"] if several else [_node_name(plan, index) for index in nodes]:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -115,7 +115,7 @@ def _modules(plan: Plan) -> Table:
         cells = [_range(amounts)] if several else [_amount(amount) for amount in amounts]
         table.add_row(
             group_name(module.name for module in group),
-            Text(f"{first.rule_id}  {_short(first.location)}"),
+            Text(first.rule_id),
             operator,
             first.format,
             "" if first.placement is None else first.placement.policy,
@@ -128,13 +128,8 @@ def _modules(plan: Plan) -> Table:
     return table
 
 
-def _short(location: Location) -> str:
-    """File name and line; the whole place is in the list of rules and in JSON."""
-    return f"{PurePath(location.file).name}:{location.line}" if location.line else ""
-
-
 def _rules(plan: Plan) -> list[str]:
-    """Every rule that decided something, and where it stands."""
+    """Every rule that decided something, and where it stands (the table of modules has no room for that)."""
     return list(dict.fromkeys(f"{module.rule_id}: {module.location}" for module in plan.modules))
 
 
@@ -219,7 +214,9 @@ def _range(amounts: list[int]) -> str:
         return "-"
     if min(amounts) == max(amounts):
         return format_size(amounts[0])
-    return f"{format_size(min(amounts))} .. {format_size(max(amounts))}"
+    least, most = format_size(min(amounts)), format_size(max(amounts))
+    number, unit = least.split()
+    return f"{number if most.endswith(f' {unit}') else least}-{most}"
 
 
 def _left(amount: int) -> str:
