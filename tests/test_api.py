@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from numagraft import GraftConfig, RuntimeLayout, load_and_optimize, optimize, plan
 from numagraft.errors import (
+    ConfigurationError,
     NumagraftError,
     PlacementError,
     PlanError,
@@ -18,6 +20,7 @@ from numagraft.errors import (
     UnsupportedOperationError,
     WeightError,
 )
+from numagraft.injection import Grafts
 from numagraft.operators.experts import Experts
 from numagraft.operators.linear import Linear
 from tests import models
@@ -69,6 +72,51 @@ def test_all_doors_give_the_same_model(saved: Path, family: str) -> None:
     )
     assert torch.equal(logits(by_path), logits(by_memory))
     assert torch.equal(logits(by_path), logits(by_config))
+
+
+@pytest.mark.parametrize("nodes", [None, 2])
+def test_a_saved_plan_gives_the_same_model_as_its_rules(saved: Path, family: str, nodes: int | None, tmp_path) -> None:
+    layout = None if nodes is None else RuntimeLayout.virtual(nodes)
+    rules = {"extends": ["auto"], "vars": {"format": "int4", "placement": "shard"}}
+    by_rules = load_and_optimize(saved, rules, runtime=layout)
+    file = tmp_path / "plan.json"
+    file.write_text(plan(saved, rules, runtime=layout).to_json())
+    by_plan = load_and_optimize(saved, plan=file, runtime=layout)
+    assert by_plan.numagraft_plan.modules == by_rules.numagraft_plan.modules
+    assert torch.equal(logits(by_plan), logits(by_rules))
+    assert by_plan.placement_report().ok
+    in_memory = optimize(models.build(models.CONFIGS[family]()), plan=by_rules.numagraft_plan, runtime=layout)
+    assert torch.equal(logits(in_memory), logits(by_rules))
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_read(saved: Path, family: str) -> None:
+    other = next(name for name in ("llama", "qwen3_moe") if name != family)
+    foreign = plan(models.build(models.CONFIGS[other]()))
+    with pytest.raises(PlanError, match="does not hold here") as caught:
+        load_and_optimize(saved, plan=foreign)
+    assert {problem.where for problem in caught.value.problems} >= {"model class", "model_type"}
+    with pytest.raises(ConfigurationError, match="give a plan, or rules and overrides, not both"):
+        load_and_optimize(saved, plan=foreign, overrides=["vars.format=int8"])
+    with pytest.raises(ConfigurationError, match="is no plan"):
+        load_and_optimize(saved, plan=3)
+
+
+def test_the_report_holds_what_was_placed_against_the_plan(saved: Path) -> None:
+    """A module that takes other bytes than its plan said is not as asked, though every page is on the right node."""
+    from numagraft.loading import make_reporter
+
+    model = load_and_optimize(saved, overrides=["vars.placement=shard"], runtime=RuntimeLayout.virtual(2))
+    made = model.numagraft_plan
+    operators = {each.name: model.get_submodule(each.name) for each in made.modules}
+    planned = {each.name: each for each in made.modules}
+    first = made.modules[0]
+    planned[first.name] = replace(first, node_bytes={node: amount + 8192 for node, amount in first.node_bytes.items()})
+    runtime = next(iter(operators.values()))._runtime
+    for expected, grafts in ((True, {each.name: each for each in made.modules}), (False, planned)):
+        report = make_reporter(made, Grafts(operators, grafts, {}), runtime, None)()
+        assert report.ok is expected
+    assert [problem.where for problem in report.incomplete] == [first.name] * len(first.node_bytes)
+    assert "the plan said" in report.incomplete[0].message
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)

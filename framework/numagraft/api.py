@@ -78,6 +78,7 @@ def load_and_optimize(
     progress: Progress | bool | None = None,
     on_plan: Callable[[Plan], Any] | None = None,
     allow_unexpected: Sequence[str] = (),
+    plan: Plan | str | Path | None = None,
     **model_kwargs: Any,
 ) -> PreTrainedModel:
     """An ordinary transformers model whose modules are replaced as `rules` say, with its placement proven.
@@ -89,11 +90,15 @@ def load_and_optimize(
     a place in the model. `model_kwargs` go to the model (`attn_implementation=...`) and to the hub (`revision`, `token`,
     `cache_dir`, `local_files_only`, `gguf_file`).
 
+    `plan` is a Plan, or the file of one (`numagraft plan -o`), that is carried out as it is in place of rules, in its dtype;
+    where it does not hold for this model, machine or version, that is a PlanError naming everything that differs.
+
     The model has `numagraft_plan` and `placement_report()`, which asks the kernel again at any time.
 
     Raises RuleError and PlanError before anything is read, CheckpointError and WeightError where the checkpoint does not
     fit, PlacementError where memory is not where it should be; nothing stays behind then.
     """
+    saved = _saved(plan, rules, overrides, trust_code)
     options = {"overrides": overrides, "platform": platform, "runtime": runtime, "trust_code": trust_code}
     if not isinstance(model_or_path, (str, Path)):
         unused = sorted(model_kwargs) + (["dtype"] if dtype is not None else [])
@@ -101,15 +106,17 @@ def load_and_optimize(
             raise ConfigurationError(
                 f"a model in memory is taken as it is: {', '.join(unused)} cannot be given with it"
             )
-        return optimize(model_or_path, rules, **options, progress=progress, on_plan=on_plan)
+        return optimize(model_or_path, rules, **options, progress=progress, on_plan=on_plan, plan=saved)
     hub, model_kwargs = _split_hub(model_kwargs, trust_code)
     error: NumagraftError | None = None
     try:
         source = open_checkpoint(model_or_path, trust_code=trust_code, hub=hub, config=model_kwargs.pop("config", None))
         with source, shown(progress) as callback:
-            return _load(
-                source, rules, options, _dtype_of(dtype, source), callback, on_plan, allow_unexpected, model_kwargs
-            )
+            if saved is not None and dtype is None:
+                dtype = saved.made_for.dtype
+            chosen = _dtype_of(dtype, source)
+            options["saved"] = saved
+            return _load(source, rules, options, chosen, callback, on_plan, allow_unexpected, model_kwargs)
     except NumagraftError as raised:
         # its traceback holds every frame, and with them the weights that were read so far
         error = raised.with_traceback(None)
@@ -182,15 +189,20 @@ def optimize(
     trust_code: bool = False,
     progress: Progress | bool | None = None,
     on_plan: Callable[[Plan], Any] | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> PreTrainedModel:
     """Grafts a model that is in memory, in place; each original weight is freed as soon as it is packed.
+
+    `plan` is carried out as it is in place of rules, as `load_and_optimize` does.
 
     Raises RuleError and PlanError with the model untouched. A failure while packing (WeightError, PlacementError) leaves a
     model whose weights are partly gone: it then refuses to run, and must be loaded again.
     """
+    saved = _saved(plan, rules, overrides, trust_code)
     refuse_unfit(model)
     skeleton = skeleton_of(model)
-    made = plan_model(skeleton, rules, overrides=overrides, platform=platform, runtime=runtime, trust_code=trust_code)
+    options = {"overrides": overrides, "platform": platform, "runtime": runtime, "trust_code": trust_code}
+    made = plan_model(skeleton, rules, saved=saved, **options)
     if on_plan is not None:
         on_plan(made)
     with shown(progress) as callback:
@@ -199,6 +211,20 @@ def optimize(
     model.quantization_method = METHOD
     model.is_quantized = True
     return model
+
+
+def _saved(plan: Plan | str | Path | None, rules: Rules, overrides: Sequence[str], trust_code: bool) -> Plan | None:
+    from numagraft.planning import Plan
+
+    if plan is None:
+        return None
+    if not (isinstance(rules, str) and rules == "auto") or overrides:
+        raise ConfigurationError("a plan is carried out as it is: give a plan, or rules and overrides, not both")
+    if isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, str | Path):
+        raise ConfigurationError(f"plan={plan!r} is no plan: give a Plan or the file of one")
+    return Plan.read(plan, trust_code=trust_code)
 
 
 def _split_hub(kwargs: dict[str, Any], trust_code: bool) -> tuple[HubOptions, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from torch import nn
 from numagraft.contract import Operator
 from numagraft.crossings import KEEP
 from numagraft.errors import PlanError, Problem
-from numagraft.registry import load_operator
+from numagraft.registry import operator_class
 
 if TYPE_CHECKING:
     from numagraft.native import Runtime
@@ -26,14 +25,6 @@ class Grafts:
     operators: Mapping[str, Operator]
     planned: Mapping[str, PlannedModule]
     owners: Mapping[str, tuple[str, str]]
-
-
-def operator_class(name: str) -> type[Operator]:
-    """A registered operator, or the class behind a dotted path (which planning lets through only where code is trusted)."""
-    if "." in name:
-        module, _, attribute = name.rpartition(".")
-        return getattr(importlib.import_module(module), attribute)
-    return load_operator(name)
 
 
 def make_operators(model: nn.Module, plan: Plan, runtime: Runtime | None) -> Grafts:

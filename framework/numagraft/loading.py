@@ -450,21 +450,27 @@ def plan_model(
     skeleton: PreTrainedModel,
     rules: Any,
     *,
+    saved: Plan | None = None,
     overrides: Sequence[str] = (),
     platform: Platform | None = None,
     runtime: RuntimeLayout | None = None,
     trust_code: bool = False,
     check_fit: bool = True,
 ) -> Plan:
-    """What `rules` do to a model on the meta device, on this machine (or on `platform`).
+    """What `rules` do to a model on the meta device, on this machine (or on `platform`); or the plan `saved`, as it is.
 
     Raises RuleError or PlanError with every problem.
     """
-    from numagraft.planning import make_plan
     from numagraft.platform import Platform
-    from numagraft.rulefile import load_rules
 
     platform = platform if platform is not None else Platform.detect()
+    if saved is not None:
+        from numagraft.plans.verification import fit_to
+
+        return fit_to(saved, skeleton, platform, layout=runtime)
+    from numagraft.planning import make_plan
+    from numagraft.rulefile import load_rules
+
     ruleset = load_rules(rules, overrides=overrides, trust_code=trust_code, platform=platform, config=skeleton.config)
     return make_plan(skeleton, ruleset, platform, layout=runtime, check_fit=check_fit)
 
@@ -544,7 +550,9 @@ def make_reporter(
     def placement_report() -> PlacementReport:
         """Where the packed weights are now, asked from the kernel."""
         placed = [
-            PlacedWeight(each.rule_id, name, each.placement, tuple(operators[name].buffers_placed()))
+            PlacedWeight(
+                each.rule_id, name, each.placement, tuple(operators[name].buffers_placed()), planned=each.node_bytes
+            )
             for name, each in planned.items()
             if each.placement is not None
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numagraft.placement import Placement
@@ -74,6 +75,17 @@ class Fallback:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """What a plan holds for besides its layout: a saved plan is refused where one of these differs."""
+
+    numagraft: str = ""  # the version that made it
+    model_type: str = ""
+    dtype: str = ""  # of what stays in torch tensors: "bfloat16"
+    isa: tuple[str, ...] = ()  # kernel rows of the CPU, widest first
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of every parameter of the model
+
+
+@dataclass(frozen=True)
 class Plan:
     """What will be done to one model on one platform."""
 
@@ -88,6 +100,7 @@ class Plan:
     device_bytes: Mapping[str, int] = field(default_factory=dict)  # totals by torch device, kept and moved ones included
     kept: tuple[KeptModule, ...] = ()
     bytes_per_token: int = 0  # read from packed weights for one token
+    made_for: MadeFor = field(default_factory=MadeFor)
 
     @property
     def total_bytes(self) -> int:
@@ -119,11 +132,18 @@ class Plan:
         return dump(self, indent=indent)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Raises PlanError when `text` is no plan, or names an operator or kwargs that are not here."""
+    def from_json(cls, text: str, *, trust_code: bool = False) -> Plan:
+        """Raises PlanError when `text` is no plan, was changed since `to_json`, or names operators or kwargs not here."""
         from numagraft.plans.plan_json import load
 
-        return load(text)
+        return load(text, trust_code=trust_code)
+
+    @classmethod
+    def read(cls, path: str | Path, *, trust_code: bool = False) -> Plan:
+        """The plan in a file; `from_json` says what is refused."""
+        from numagraft.plans.plan_json import read
+
+        return read(path, trust_code=trust_code)
 
 
 def make_plan(

@@ -43,3 +43,27 @@ def load_operator(name: str) -> type[Operator]:
         raise ConfigurationError(f"no operator is registered as {name!r}; {hint}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def operator_class(name: str) -> type[Operator]:
+    """A registered operator, or the class behind a dotted path: callers let one through only where code is trusted.
+
+    Raises ConfigurationError when it cannot be imported or is no operator.
+    """
+    if not is_dotted(name):
+        return load_operator(name)
+    from numagraft.contract import Operator
+
+    module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"the class {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Operator)):
+        raise ConfigurationError(f"{name!r} is no operator: it must be a subclass of numagraft.contract.Operator")
+    return found
+
+
+def is_dotted(name: str) -> bool:
+    """Whether an operator is named by where its class is, not by a registered name."""
+    return "." in name or ":" in name

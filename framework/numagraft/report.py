@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,12 +28,13 @@ _PROBLEMS_SHOWN = 40
 
 @dataclass(frozen=True)
 class PlacedWeight:
-    """One grafted module and the buffers that hold its packed weights."""
+    """One grafted module and the buffers that hold its packed weights; `planned`: runtime node -> bytes, as the plan said."""
 
     rule_id: str
     module: str
     placement: Placement
     buffers: Sequence[PlacedBuffer]
+    planned: Mapping[int, int] | None = None
 
 
 class PlacedRuntime(Protocol):
@@ -303,10 +305,26 @@ class _Survey:
             complain(f"{weight.placement.policy} needs a buffer on {name(key)}, but there is none")
         for key in sorted(set(held) - asked):
             complain(f"{format_size(held[key])} lie on {name(key)}, which {weight.placement.policy} did not ask for")
+        if weight.planned is not None and not asked ^ set(held):
+            self._compare_with_plan(weight, complain)
         for group in copies.values():
             if len(set(group.values()) - {0}) > 1:
                 sizes = ", ".join(f"{name(key)}: {format_size(size)}" for key, size in sorted(group.items()))
                 complain(f"its copies differ in size ({sizes})")
+
+    def _compare_with_plan(self, weight: PlacedWeight, complain: Callable[[str], None]) -> None:
+        """Bytes per node as planned, but for each buffer's last page; a part on several nodes is spread evenly over them."""
+        assert weight.planned is not None
+        found: dict[int, int] = {}
+        slack: dict[int, int] = {}
+        for buffer in weight.buffers:
+            for node in buffer.nodes:
+                found[node] = found.get(node, 0) + -(-buffer.bytes // len(buffer.nodes))
+                slack[node] = slack.get(node, 0) + mmap.PAGESIZE
+        for node in sorted(found.keys() | weight.planned.keys()):
+            planned, held = weight.planned.get(node, 0), found.get(node, 0)
+            if not planned - len(weight.buffers) <= held <= planned + slack.get(node, 0):
+                complain(f"holds {held:,} bytes on node {self._node(node)}, the plan said {planned:,}")
 
     def _judge(
         self, buffer: PlacedBuffer, nodes: tuple[int, ...], count: PageCount, sizes: Mapping[int, int]

@@ -51,7 +51,7 @@ def test_plan(model, tmp_path):
         assert piece in shown.output
     data = json.loads(numagraft("plan", model, "--set", "vars.format=int4", "--json").output)
     assert {module["format"] for module in data["modules"] if module["rule_id"] == "experts"} == {"int4"}
-    assert data["prediction"]["assumptions"] and data["schema"] == 1
+    assert data["prediction"]["assumptions"] and data["schema"] == 2
     (tmp_path / "rules.yaml").write_text(GOOD)
     resolved = numagraft("plan", model, "-r", "rules.yaml", "--resolved").output
     assert "format: int4" in resolved and "# rules.yaml:3:16" in resolved

@@ -51,6 +51,12 @@ def test_from_nothing_to_a_shared_preset(tmp_path, smollm2_gguf):
     assert {module["format"] for module in planned["modules"]} == {"int4 g32 asymmetric", "int8"}
     prompt = ("--prompt", "The capital of France is", "--max-new-tokens", "4", "--json")
     first = json.loads(numagraft("run", model, "-r", "rules.yaml", *prompt, **own).splitlines()[-1])
+    numagraft("plan", model, "-r", "rules.yaml", "-o", "plan.json", **own)
+    as_planned = json.loads(numagraft("run", model, "--plan", "plan.json", *prompt, **own).splitlines()[-1])
+    assert as_planned["text"] == first["text"] and as_planned["placement"]["ok"]
+    edited = (mine / "plan.json").read_text().replace('"threads": ', '"threads": 1')
+    (mine / "plan.json").write_text(edited)
+    numagraft("run", model, "--plan", "plan.json", *prompt, **own, code=2)
 
     folder = mine / "shared"
     folder.mkdir()

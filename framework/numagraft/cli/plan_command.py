@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,6 +34,9 @@ def plan(
     platform: Machine = None,
     as_json: Json = False,
     ignore_fit: Annotated[bool, typer.Option("--ignore-fit", help="Plan even if it does not fit in memory.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan to a file: `numagraft run --plan FILE` does it.")
+    ] = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the final rules with each value's origin.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
@@ -49,6 +53,8 @@ def plan(
         return
     made = make_plan(skeleton, loaded, machine, check_fit=not ignore_fit)
     predictions = predict(made, machine)
+    if output is not None:
+        output.write_text(made.to_json(indent=1) + "\n", encoding="utf-8")
     if as_json:
         data = json.loads(made.to_json())
         data["prediction"] = None if predictions is None else _plain(predictions)
@@ -58,6 +64,8 @@ def plan(
     console.print(made.render())
     if predictions is not None:
         console.print(_prediction_table(predictions))
+    if output is not None:
+        console.print(f"written to {output}: `numagraft run MODEL --plan {output}` carries it out", highlight=False)
 
 
 def diff(

@@ -111,6 +111,9 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value of the rules: vars.format=int8.")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Carry out the plan in this file (`numagraft plan -o`), in place of rules.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many new tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the answer.")] = False,
@@ -134,7 +137,12 @@ def run(
     started = time.perf_counter()
     with LoadingBar(console, shown=talk) as bar:
         grafted = load_and_optimize(
-            model, rules=rules, overrides=tuple(settings or ()), progress=bar, on_plan=bar.show_plan if talk else None
+            model,
+            rules=rules,
+            overrides=tuple(settings or ()),
+            progress=bar,
+            on_plan=bar.show_plan if talk else None,
+            plan=plan,
         )
     load_seconds = time.perf_counter() - started
     report = grafted.placement_report()

@@ -33,10 +33,16 @@ def read_platform(path: Path | None) -> Platform:
 
 
 def read_model(model: str) -> nn.Module:
-    """The model's skeleton on meta, from its configuration alone."""
+    """The model's skeleton on meta, in the dtype that it is loaded in; no weights are read."""
     from numagraft import skeleton
 
     quiet_transformers()
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":  # its header knows the dtype, its configuration does not
+        from numagraft.checkpoints import open_checkpoint
+
+        with open_checkpoint(path) as checkpoint:
+            return skeleton.build(checkpoint.config, dtype=checkpoint.dtype)
     return skeleton.build(skeleton.load_config(model))
 
 

@@ -33,7 +33,7 @@ class Change:
 def check_fit(plan: Plan, placed: Sequence[Placed], platform: Platform, rules: RuleSet) -> None:
     """Raises PlanError naming what does not fit and the nearest change that does."""
     short = shortages(plan.layout, plan.node_bytes, plan.kept_bytes, platform)
-    devices = _device_shortages(plan.device_bytes, platform)
+    devices = device_shortages(plan.device_bytes, platform)
     if not short and not devices:
         return
     problems = Problems()
@@ -75,7 +75,7 @@ def shortages(
     return found
 
 
-def _device_shortages(device_bytes: Mapping[str, int], platform: Platform) -> list[str]:
+def device_shortages(device_bytes: Mapping[str, int], platform: Platform) -> list[str]:
     found = []
     for device, need in sorted(device_bytes.items()):
         kind, _, number = device.partition(":")

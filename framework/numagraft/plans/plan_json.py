@@ -1,23 +1,38 @@
-"""Plans as JSON, and back. Imports operators (for their Params) only when reading."""
+"""Plans as JSON, and back. Imports operators (for their Params) only when reading.
+
+A plan file is data like a rule file, and may come from a stranger: it is checked field by field, names a class outside the
+registry only where code is trusted, and carries a checksum, so that an edited one is told from one that was written here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from numagraft.errors import NumagraftError, PlanError, Problem
-from numagraft.placement import Part, Placement
-from numagraft.planning import KeptModule, Plan, PlannedModule, as_plain
+from numagraft.errors import ConfigurationError, PlanError, Problem
+from numagraft.planning import Plan, PlannedModule, as_plain
+from numagraft.platform.plain import from_plain
+from numagraft.rulefile.problems import Problems
 from numagraft.rulefile.rules import DEFAULT, Location, Match, Replace, Rule
-from numagraft.runtime import RuntimeLayout, RuntimeNode
+from numagraft.sizes import format_size
 
-SCHEMA = 1
+SCHEMA = 2
+
+#: a plan of 100,000 modules takes about half of this
+MAX_BYTES = 64 << 20
+
+#: written for readers of the JSON, computed again by whoever reads it as a plan
+_DERIVED = ("schema", "sha256", "total_bytes", "prediction")
+
+_SHOWN = 40
 
 
 def dump(plan: Plan, *, indent: int | None = None) -> str:
-    return json.dumps({"schema": SCHEMA, **to_plain(plan)}, indent=indent)
+    return json.dumps({"schema": SCHEMA, "sha256": checksum(plan), **to_plain(plan)}, indent=indent)
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
@@ -29,8 +44,40 @@ def to_plain(plan: Plan) -> dict[str, Any]:
     return data
 
 
-def load(text: str) -> Plan:
-    """Raises PlanError when `text` is no plan, or names an operator or kwargs that are not here."""
+def checksum(plan: Plan) -> str:
+    """SHA-256 of everything in the plan."""
+    return hashlib.sha256(json.dumps(as_plain(plan), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read(path: str | Path, *, trust_code: bool = False) -> Plan:
+    """The plan in a file of `Plan.to_json` or `numagraft plan --json`.
+
+    Raises PlanError when it cannot be read or is no plan.
+    """
+    subject = f"the plan {path} cannot be used"
+    try:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise PlanError(
+                subject, [Problem("", "there is no such file", "`numagraft plan MODEL -o FILE` writes one")]
+            )
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise PlanError(
+                subject, [Problem("", f"it has {format_size(size)}, at most {format_size(MAX_BYTES)} are read")]
+            )
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        raise PlanError(subject, [Problem("", f"it cannot be read: {error}")]) from error
+    try:
+        return load(text, trust_code=trust_code)
+    except PlanError as error:
+        raise PlanError(f"{subject}: {str(error).splitlines()[0]}", error.problems) from None
+
+
+def load(text: str, *, trust_code: bool = False) -> Plan:
+    """Raises PlanError when `text` is no plan, was changed after it was written, or names operators or kwargs that are not
+    here; `trust_code` lets it name a class by its dotted path."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -38,97 +85,68 @@ def load(text: str) -> Plan:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise PlanError(
-            "not a plan", [Problem("schema", f"expected {SCHEMA}, found {found!r}", "`numagraft plan --json` writes one")]
+            "not a plan",
+            [Problem("schema", f"expected {SCHEMA}, found {found!r}", "`numagraft plan --json` writes one")],
         )
-    try:
-        return _plan(data)
-    except NumagraftError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PlanError("not a plan", [Problem("", f"{type(error).__name__}: {error}")]) from error
-
-
-def _plan(data: Mapping[str, Any]) -> Plan:
-    layout = data["layout"]
-    return Plan(
-        model_class=data["model_class"],
-        source=data["source"],
-        layout=RuntimeLayout(
-            **{
-                **_given(RuntimeLayout, layout),
-                "nodes": tuple(
-                    RuntimeNode(**{**_given(RuntimeNode, node), "cpus": tuple(node["cpus"])}) for node in layout["nodes"]
-                ),
-                "distances": tuple(tuple(row) for row in layout.get("distances", ())),
-                "notes": tuple(layout.get("notes", ())),
-            }
-        ),
-        modules=tuple(_module(module) for module in data["modules"]),
-        kept_bytes=int(data["kept_bytes"]),
-        notes=tuple(data["notes"]),
-        fallbacks=tuple(data["fallbacks"]),
-        node_bytes=_by_node(data["node_bytes"]),
-        device_bytes=dict(data["device_bytes"]),
-        kept=tuple(KeptModule(**module) for module in data["kept"]),
-        bytes_per_token=int(data["bytes_per_token"]),
-    )
-
-
-def _given(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {key: value for key, value in data.items() if key in names}
-
-
-def _by_node(data: Mapping[str, int]) -> dict[int, int]:
-    return {int(node): int(amount) for node, amount in data.items()}
-
-
-def _module(data: Mapping[str, Any]) -> PlannedModule:
-    placement = data["placement"]
-    location = Location(**data["location"])
-    return PlannedModule(
-        name=data["name"],
-        class_name=data["class_name"],
-        role=data["role"],
-        rule_id=data["rule_id"],
-        location=location,
-        operator=data["operator"],
-        device=data["device"],
-        params=_params(data, location),
-        placement=None
-        if placement is None
-        else Placement(
-            policy=placement["policy"],
-            parts=tuple(
-                Part(
-                    memory_nodes=tuple(part["memory_nodes"]),
-                    interleaved=part["interleaved"],
-                    worker_nodes=tuple(part["worker_nodes"]),
-                    begin=part["begin"],
-                    end=part["end"],
+    problems: list[Problem] = []
+    fields = {key: value for key, value in data.items() if key not in _DERIVED}
+    if isinstance(fields.get("modules"), list):
+        fields["modules"] = [_without_format(module) for module in fields["modules"]]
+    plan = from_plain(Plan, fields, problems)
+    if problems or plan is None:
+        shown = problems[:_SHOWN]
+        if len(problems) > _SHOWN:
+            shown.append(Problem("", f"and {len(problems) - _SHOWN} more"))
+        raise PlanError("not a plan", shown)
+    plan = replace(plan, modules=_with_params(plan.modules, trust_code))
+    found, expected = data.get("sha256"), checksum(plan)
+    if found != expected:
+        raise PlanError(
+            "not a plan that numagraft wrote",
+            [
+                Problem(
+                    "sha256",
+                    f"expected {expected[:16]}..., found {str(found)[:16]}...: the file was changed after it was written",
+                    "change the rules instead, and plan again",
                 )
-                for part in placement["parts"]
-            ),
-            reason=placement["reason"],
-        ),
-        node_bytes=_by_node(data["node_bytes"]),
-        device_bytes=dict(data["device_bytes"]),
-        bytes_per_token=int(data["bytes_per_token"]),
-        note=data["note"],
-    )
+            ],
+        )
+    return plan
 
 
-def _params(data: Mapping[str, Any], location: Location) -> Any:
-    """Params, checked like a rule's kwargs: a plan may come from a file that was edited."""
-    if data["params"] is None or data["operator"] == DEFAULT:
-        return None
-    from numagraft.params import build
-    from numagraft.registry import load_operator
-    from numagraft.rulefile.problems import Problems
+def _without_format(module: Any) -> Any:
+    if not isinstance(module, Mapping):
+        return module
+    return {key: value for key, value in module.items() if key != "format"}
 
-    operator = load_operator(data["operator"])
-    rule = Rule(data["rule_id"], Match(), Replace(data["operator"]), location)
+
+def _with_params(modules: tuple[PlannedModule, ...], trust_code: bool) -> tuple[PlannedModule, ...]:
+    """Params, checked like a rule's kwargs."""
     problems = Problems()
-    params = build(operator.Params, data["params"], rule, problems)
+    found = tuple(replace(module, params=_params(module, trust_code, problems)) for module in modules)
     problems.raise_if_any("not a plan", PlanError)
-    return params
+    return found
+
+
+def _params(module: PlannedModule, trust_code: bool, problems: Problems) -> Any:
+    from numagraft.params import build
+    from numagraft.registry import is_dotted, operator_class
+
+    if module.operator == DEFAULT:
+        return None
+    place = Location(f"rule {module.rule_id[:80]}", 0, 0)  # its modules share what is wrong
+    if is_dotted(module.operator) and not trust_code:
+        text = f"the dotted class {module.operator[:80]!r}: code outside the registry"
+        problems.add(place, text, "pass trust_code=True for a plan of your own")
+        return None
+    try:
+        operator = operator_class(module.operator)
+    except ConfigurationError as error:
+        problems.add(place, str(error))
+        return None
+    if not isinstance(module.params, Mapping):
+        problems.add(place, f"params are {type(module.params).__name__}, expected an object")
+        return None
+    return build(
+        operator.Params, module.params, Rule(module.rule_id, Match(), Replace(module.operator), place), problems
+    )

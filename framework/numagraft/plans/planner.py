@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from numagraft import __version__
 from numagraft.contract import Operator, Rejected, Units
 from numagraft.errors import ConfigurationError, NumagraftError, PlanError, RuleError
 from numagraft.matching import Decision, Matches, Verdict, match
 from numagraft.params import build_params
 from numagraft.placement import PlacementSpec, Placer
-from numagraft.planning import Fallback, KeptModule, Plan, PlannedModule
-from numagraft.registry import load_operator
+from numagraft.planning import Fallback, KeptModule, MadeFor, Plan, PlannedModule
+from numagraft.plans.amounts import CPU, device_of, dtype_of, moved_bytes, own_bytes, shapes_of, totals
+from numagraft.registry import operator_class
 from numagraft.roles import ModuleInfo
 from numagraft.rulefile.problems import Problems
 from numagraft.rulefile.requires import check_requires
@@ -26,8 +27,6 @@ from numagraft.runtime import RuntimeLayout
 
 if TYPE_CHECKING:
     from numagraft.platform import Platform
-
-CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -49,23 +48,6 @@ class Placed:
     usable: Usable
     spec: PlacementSpec
     units: Units
-
-
-def operator_class(name: str) -> type[Operator]:
-    """A registered operator, or the class behind a dotted path (rules let one through only where code is trusted).
-
-    Raises ConfigurationError when it cannot be imported or is no operator.
-    """
-    if "." not in name and ":" not in name:
-        return load_operator(name)
-    module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"the class {name!r} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Operator)):
-        raise ConfigurationError(f"{name!r} is no operator: it must be a subclass of numagraft.contract.Operator")
-    return found
 
 
 class Planner:
@@ -99,31 +81,28 @@ class Planner:
         fallbacks = self._report_rejections()
         self._raise()
         devices = {module.name: module.device for module in modules}
-        kept, kept_bytes, kept_on = self._keep(matches, devices)
-        modules = [
-            _moved(module, kept, devices) if module.operator == DEFAULT else module for module in modules
-        ]
-        node_bytes: dict[int, int] = {index: 0 for index in range(len(self._layout.nodes))}
-        device_bytes = dict(kept_on)
-        for module in modules:
-            for node, amount in module.node_bytes.items():
-                node_bytes[node] = node_bytes.get(node, 0) + amount
-            if module.operator != DEFAULT:
-                for device, amount in module.device_bytes.items():
-                    device_bytes[device] = device_bytes.get(device, 0) + amount
-        host = device_bytes.pop(CPU, 0)
+        kept = self._keep(matches, devices)
+        modules = [_moved(module, kept, devices) if module.operator == DEFAULT else module for module in modules]
+        sums = totals(modules, kept, len(self._layout.nodes))
         return Plan(
             model_class=type(self._model).__name__,
             source=self._rules.source,
             layout=self._layout,
             modules=tuple(modules),
-            kept_bytes=kept_bytes + host,
+            kept_bytes=sums.kept_bytes,
             notes=(*self._rules.notes, *self._layout_notes(), *matches.notes),
             fallbacks=tuple(str(fallback) for fallback in fallbacks),
-            node_bytes=node_bytes,
-            device_bytes=device_bytes,
+            node_bytes=sums.node_bytes,
+            device_bytes=sums.device_bytes,
             kept=tuple(kept),
-            bytes_per_token=sum(module.bytes_per_token for module in modules),
+            bytes_per_token=sums.bytes_per_token,
+            made_for=MadeFor(
+                numagraft=__version__,
+                model_type=getattr(config, "model_type", None) or "",
+                dtype=str(self._dtype or dtype_of(self._model)).removeprefix("torch."),
+                isa=self._platform.isa,
+                shapes=shapes_of(self._model),
+            ),
         )
 
     def _layout_notes(self) -> tuple[str, ...]:
@@ -244,37 +223,21 @@ class Planner:
             note,
         )
 
-    def _keep(
-        self, matches: Matches, devices: Mapping[str, str]
-    ) -> tuple[list[KeptModule], int, dict[str, int]]:
-        """Modules that keep parameters or buffers, and the bytes they hold on the CPU and elsewhere; tied ones count once."""
+    def _keep(self, matches: Matches, devices: Mapping[str, str]) -> list[KeptModule]:
+        """Modules that keep parameters or buffers, and the bytes that they hold; tied ones count once."""
         seen: set[int] = set()
         kept: list[KeptModule] = []
-        on: dict[str, int] = {}
         root = Decision(ModuleInfo("", self._model, None, None, "text"))
         for decision in (root, *matches.decisions):
             if decision.owner is not None or decision.replaced:
                 continue
             info = decision.info
-            amount = 0
-            own = (*info.module._parameters.values(), *info.module._buffers.values())
-            for tensor in own:
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    amount += tensor.numel() * self._itemsize(tensor)
-            if not amount:
-                continue
-            device = _device_of(info.name, devices)
-            on[device] = on.get(device, 0) + amount
-            kept.append(
-                KeptModule(info.name, info.class_name, info.role or "", device, amount, self._why_kept(decision))
-            )
-        return kept, on.pop(CPU, 0), on
-
-    def _itemsize(self, tensor: torch.Tensor) -> int:
-        if self._dtype is not None and tensor.is_floating_point() and isinstance(tensor, nn.Parameter):
-            return self._dtype.itemsize
-        return tensor.element_size()
+            amount = own_bytes(info.module, seen, self._dtype)
+            if amount:
+                why = self._why_kept(decision)
+                device = device_of(info.name, devices)
+                kept.append(KeptModule(info.name, info.class_name, info.role or "", device, amount, why))
+        return kept
 
     def _why_kept(self, decision: Decision) -> str:
         if decision.rule is not None:
@@ -319,24 +282,7 @@ def _planned(
     )
 
 
-def _device_of(name: str, devices: Mapping[str, str]) -> str:
-    """The device of the nearest planned module around `name`, itself included; the CPU without one."""
-    while name:
-        if name in devices:
-            return devices[name]
-        name = name.rpartition(".")[0]
-    return CPU
-
-
 def _moved(module: PlannedModule, kept: list[KeptModule], devices: Mapping[str, str]) -> PlannedModule:
-    """A kept and moved module with the bytes that move with it: those of what is kept inside it."""
-    total = sum(
-        each.bytes for each in kept if each.name == module.name or _nearest(each.name, devices) == module.name
-    )
+    """A kept and moved module with the bytes that move with it."""
+    total = moved_bytes(module.name, kept, devices)
     return dataclasses.replace(module, device_bytes={module.device: total} if total else {})
-
-
-def _nearest(name: str, devices: Mapping[str, str]) -> str:
-    while name and name not in devices:
-        name = name.rpartition(".")[0]
-    return name

@@ -42,6 +42,18 @@ def group_name(names: Iterable[str]) -> str:
     return text
 
 
+def group_names(names: Iterable[str]) -> list[str]:
+    """Names in as few words as they go, in order of first use.
+
+    >>> group_names(["layers.0.a", "norm", "layers.1.a"])
+    ['layers.{0-1}.a', 'norm']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_key(name), []).append(name)
+    return [group_name(group) for group in groups.values()]
+
+
 def _key(name: str) -> str:
     return _INDEX.sub("{}", name)
 

@@ -54,11 +54,19 @@ def _read(hint: Any, data: Any, problems: list[Problem], where: str) -> Any:
             problems.append(Problem(where, f"expected a list, found {_name(data)}"))
             return ()
         return tuple(_read(arguments[0], item, problems, f"{where}[{index}]") for index, item in enumerate(data))
+    if origin is typing.Literal:
+        if not any(type(data) is type(word) and data == word for word in arguments):
+            problems.append(Problem(where, f"expected one of {', '.join(map(str, arguments))}, found {_name(data)}"))
+        return data
     if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(data, Mapping) or not all(str(key).isdigit() for key in data):
-            problems.append(Problem(where, "expected an object with numbers as keys"))
+        numbers = arguments[0] is int
+        if not isinstance(data, Mapping) or (numbers and not all(_is_number(key) for key in data)):
+            problems.append(Problem(where, "expected an object" + (" with numbers as keys" if numbers else "")))
             return {}
-        return {int(key): _read(arguments[1], item, problems, f"{where}.{key}") for key, item in data.items()}
+        read = {key: _read(arguments[1], item, problems, f"{where}.{key}") for key, item in data.items()}
+        return {int(key): item for key, item in read.items()} if numbers else read
+    if hint is Any:
+        return data
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, data, problems, where)  # type: ignore[arg-type]
     if hint is float and isinstance(data, (int, float)) and not isinstance(data, bool):
@@ -66,6 +74,10 @@ def _read(hint: Any, data: Any, problems: list[Problem], where: str) -> Any:
     if not isinstance(data, hint) or (hint is int and isinstance(data, bool)):
         problems.append(Problem(where, f"expected {hint.__name__}, found {_name(data)}"))
     return data
+
+
+def _is_number(key: Any) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 18
 
 
 def _name(data: Any) -> str:

@@ -354,7 +354,7 @@ def _device(device: Any, place: Location, problems: Problems) -> str | None:
         problems.add(place, f"the device is {device!r}", "expected a name such as cpu or cuda:0")
         return None
     kind, colon, index = device.partition(":")
-    if kind not in _DEVICES or (colon and not index.isdigit()):
+    if kind not in _DEVICES or (colon and not (index.isascii() and index.isdigit())):
         hint = did_you_mean(kind, _DEVICES, otherwise="kinds")
         problems.add(place, f"the device {device!r}", f"expected cpu or a kind and a number such as cuda:0; {hint}")
         return None
