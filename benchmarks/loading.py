@@ -5,13 +5,15 @@
 
 Without `--checkpoint` it writes one of random weights (Qwen3-30B-A3B's layers, at least `--gib`) and removes it again.
 `peak_rss_anon_gib` is anonymous, shared and huge-page memory together; `peak_limit_gib` is what a streaming load may take:
-the packed size, three times the largest fused parameter, and 1 GiB.
+the packed size, three times the largest fused parameter, and 1 GiB. `load_seconds` begins when Python has imported torch,
+transformers and the model's code, which `import_seconds` tells. `page_faults` are the process's while it loads.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -77,13 +79,13 @@ def rules(format: str, placement: str) -> dict[str, Any]:
     }
 
 
-def largest_fused_bytes(model: Any) -> int:
+def largest_fused_bytes(config: Any) -> int:
     """The largest parameter as the model holds it (experts fused), at the checkpoint's two bytes per weight."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(model.config)
+        skeleton = AutoModelForCausalLM.from_config(config)
     return 2 * max(parameter.numel() for parameter in skeleton.parameters())
 
 
@@ -93,26 +95,34 @@ def grafted_bytes(model: Any) -> int:
 
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    begin = time.perf_counter()
     import torch
+    from transformers import AutoConfig
 
     import numagraft
+    import numagraft.quantizer
 
+    fused = largest_fused_bytes(AutoConfig.from_pretrained(path, local_files_only=True))  # imports the model's code
+    importing = time.perf_counter() - begin
     files = sorted(path.glob("*.safetensors"))
     source = sum(file.stat().st_size for file in files)
     (evict if options.cold else warm)(files)
     cached_before = cached_bytes(files)
     baseline = own_bytes()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     with PeakMemory() as peak:
         begin = time.perf_counter()
         model = numagraft.load_and_optimize(path, rules=rules(options.format, options.placement))
         seconds = time.perf_counter() - begin
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     residue = cached_bytes(files)
     packed = grafted_bytes(model)
-    fused = largest_fused_bytes(model)
     with torch.inference_mode():
         logits = model(torch.arange(8)[None]).logits
     return {
         "load_seconds": seconds,
+        "import_seconds": importing,
+        "page_faults": faults,
         "source_gib": source / GIB,
         "packed_gib": packed / GIB,
         "peak_rss_anon_gib": peak.bytes / GIB,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +10,10 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from numagraft import native
-from numagraft.contract import Accepted, Footprint, Operator, Rejected, Units
+from numagraft.contract import Accepted, Footprint, Operator, Rejected, StoredMatrix, Units
 from numagraft.errors import UnsupportedOperationError, WeightError
 from numagraft.operators.expert_contract import ExpertShape, expert_shape
-from numagraft.operators.native_bridge import DTYPES, check_weight, matrix, row
+from numagraft.operators.native_bridge import DTYPES, check_weight, file_matrix, matrix, row
 from numagraft.operators.packed import PackedOperator, packed_footprint
 from numagraft.operators.params import PackedParams
 from numagraft.placement import Part
@@ -112,10 +112,51 @@ class Experts(PackedOperator):
         whole = tuple(self._tensors[name][0][1:]) if name in self._tensors else shapes[name]
         tensor = check_weight(where, tensor, whole if expert is not None else (self.shape.experts, *whole))
         experts = range(self.shape.experts) if expert is None else range(expert, expert + 1)
-        if came := [index for index in experts for piece in pieces if (piece, index) in self._loaded]:
-            raise WeightError(f"{where} came twice: expert {came[0]} had been loaded before")
+        self._refuse_twice(where, pieces, experts)
         self._pack(pieces, tensor if expert is None else tensor.unsqueeze(0), experts)
         self._loaded.update((piece, index) for piece in pieces for index in experts)
+
+    def load_stored(
+        self, name: str, matrices: Sequence[Sequence[StoredMatrix]], *, first_expert: int | None = None
+    ) -> bool:
+        """Any fused parameter or piece of one whose rows are output channels in the file."""
+        pieces = _PIECES.get(name, (name,))
+        shapes = self._piece_shapes()
+        if first_expert is None or any(piece not in shapes or piece.endswith("_bias") for piece in pieces):
+            return False
+        apart = [self._pieces_of(parts, len(pieces)) for parts in matrices]
+        expected = [shapes[piece][::-1] if self.shape.transposed else shapes[piece] for piece in pieces]
+        for parts in apart:
+            if parts is None or [(part.rows, part.columns) for part in parts] != expected:
+                return False  # `load` says what is wrong
+        experts = range(first_expert, first_expert + len(apart))
+        if experts and not 0 <= experts[0] <= experts[-1] < self.shape.experts:
+            raise WeightError(
+                f"{self.name}.{name}: found experts {experts[0]} to {experts[-1]}; the module has {self.shape.experts}"
+            )
+        self._refuse_twice(f"{self.name}.{name}", pieces, experts)
+        listed = {
+            piece.removesuffix("_proj"): [file_matrix(parts[index]) for parts in apart]
+            for index, piece in enumerate(pieces)
+        }
+        self.weights.load_experts(**listed, first_expert=first_expert)
+        self._loaded.update((piece, index) for piece in pieces for index in experts)
+        return True
+
+    def _pieces_of(self, parts: Sequence[StoredMatrix], pieces: int) -> list[StoredMatrix] | None:
+        """One matrix per piece, of parts that make up a parameter's rows; None where they do not divide so."""
+        if len(parts) == pieces and (pieces == 1 or not self.shape.gate.interleaved):
+            return list(parts)
+        if len(parts) != 1 or pieces != 2:
+            return None
+        inner = self.shape.intermediate
+        interleaved = self.shape.gate.interleaved
+        halves = [parts[0].every(2, i, inner) if interleaved else parts[0].every(1, i * inner, inner) for i in (0, 1)]
+        return None if parts[0].rows != 2 * inner or None in halves else halves
+
+    def _refuse_twice(self, where: str, pieces: tuple[str, ...], experts: range) -> None:
+        if came := [index for index in experts for piece in pieces if (piece, index) in self._loaded]:
+            raise WeightError(f"{where} came twice: expert {came[0]} had been loaded before")
 
     def _pack(self, pieces: tuple[str, ...], tensor: torch.Tensor, experts: range) -> None:
         for piece, part in zip(pieces, self._split(tensor, len(pieces)), strict=True):

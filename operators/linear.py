@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from numagraft import native
-from numagraft.contract import Accepted, Footprint, Operator, Rejected, Units
+from numagraft.contract import Accepted, Footprint, Operator, Rejected, StoredMatrix, Units
 from numagraft.errors import UnsupportedOperationError, WeightError
 from numagraft.operators import custom_ops  # noqa: F401  (defines torch.ops.numagraft.linear)
-from numagraft.operators.native_bridge import DTYPES, check_weight, matrix, row
+from numagraft.operators.native_bridge import DTYPES, check_weight, file_matrix, matrix, row
 from numagraft.operators.packed import PackedOperator, check_parameters, packed_footprint, plain_module
 from numagraft.operators.params import PackedParams
 from numagraft.placement import Part
@@ -85,6 +86,21 @@ class Linear(PackedOperator):
         else:
             self.weights.load_bias(row(tensor))
         self._loaded.add(name)
+
+    def load_stored(
+        self, name: str, matrices: Sequence[Sequence[StoredMatrix]], *, first_expert: int | None = None
+    ) -> bool:
+        if name != "weight" or first_expert is not None or len(matrices) != 1 or len(matrices[0]) != 1:
+            return False
+        stored = matrices[0][0]
+        shape = list(self._tensors["weight"][0])
+        if [stored.rows, stored.columns] != shape:
+            raise WeightError(f"{self.name}.weight: found shape {[stored.rows, stored.columns]}, expected {shape}")
+        if name in self._loaded:
+            raise WeightError(f"{self.name}.{name} came twice")
+        self.weights.load_weight(file_matrix(stored))
+        self._loaded.add(name)
+        return True
 
     def missing(self) -> list[str]:
         return [name for name in self._tensors if name not in self._loaded]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from numagraft import native
+from numagraft.contract import StoredMatrix
 from numagraft.errors import WeightError
 
 #: what the native backend reads and writes as weights, inputs and outputs; int64 is for expert indices only
@@ -22,6 +23,21 @@ def matrix(tensor: torch.Tensor) -> native.Matrix:
 def row(tensor: torch.Tensor) -> native.Matrix:
     """A 1-D CPU tensor of any stride as one row."""
     return native.Matrix(tensor.data_ptr(), DTYPES[tensor.dtype], 1, tensor.shape[0], tensor.shape[0], tensor.stride(0))
+
+
+def file_matrix(stored: StoredMatrix) -> native.FileMatrix:
+    """A matrix in a file; the caller keeps it, and so its scales, alive while the FileMatrix is used."""
+    scales = stored.scales
+    return native.FileMatrix(
+        stored.descriptor,
+        stored.offset,
+        stored.file_bytes,
+        stored.coding,
+        stored.rows,
+        stored.columns,
+        stored.row_stride,
+        *((0, 0) if scales is None else (scales.data_ptr(), scales.stride(0))),
+    )
 
 
 def check_weight(where: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

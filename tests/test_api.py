@@ -247,7 +247,10 @@ def test_a_planted_misplacement_is_refused_before_the_model_is_returned(
 
 
 @pytest.mark.parametrize("operator", [Linear, Experts])
-def test_a_weight_that_never_arrives(saved: Path, family: str, operator: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_weight_that_never_arrives(
+    saved: Path, family: str, operator: type, from_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if operator is Experts and family != "qwen3_moe":
         pytest.skip("no experts in this family")
     original = operator.load
@@ -257,7 +260,12 @@ def test_a_weight_that_never_arrives(saved: Path, family: str, operator: type, m
         if not (self.name == victim and expert in (None, 2)):
             original(self, name, tensor, expert=expert)
 
+    def lose_stored(self: Any, name: str, matrices: Any, **which: Any) -> bool:
+        return from_file and (self.name == victim or stored(self, name, matrices, **which))
+
+    stored = operator.load_stored
     monkeypatch.setattr(operator, "load", lose)
+    monkeypatch.setattr(operator, "load_stored", lose_stored)
     with pytest.raises(WeightError, match="never came") as caught:
         load_and_optimize(saved)
     assert all(problem.where.startswith(victim) for problem in caught.value.problems)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -46,6 +46,40 @@ class Footprint:
     node_bytes: Mapping[int, int] = field(default_factory=dict)
     device_bytes: Mapping[str, int] = field(default_factory=dict)
     bytes_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix [rows, columns] whose values lie row by row in an open file; a row is an output channel.
+
+    `coding` is how one value is stored. e4m3 has `scales` [rows / 128, columns / 128] float32, one per block (both rounded
+    up); e2m1 lies two to a byte, the first in the low half, with `scales` [rows, columns / 32] uint8, powers of two with a
+    bias of 127. Others have none. Rows begin `row_stride` values apart.
+    """
+
+    descriptor: int
+    offset: int  # of the first value, in bytes
+    file_bytes: int
+    coding: Literal["f32", "bf16", "f16", "e4m3", "e2m1"]
+    rows: int
+    columns: int
+    row_stride: int
+    scales: torch.Tensor | None = None
+
+    _BITS: ClassVar[Mapping[str, int]] = {"f32": 32, "bf16": 16, "f16": 16, "e4m3": 8, "e2m1": 4}
+
+    def every(self, step: int, first: int, count: int) -> StoredMatrix | None:
+        """`count` rows from `first` on, `step` apart, as a matrix of their own; None where scales cover several rows and do
+        not divide so."""
+        scales = self.scales
+        if self.coding == "e4m3":
+            if step != 1 or first % 128:
+                return None
+            scales = scales[first // 128 :]
+        elif scales is not None:
+            scales = scales[first::step]
+        begin = self.offset + first * self.row_stride * self._BITS[self.coding] // 8
+        return replace(self, offset=begin, rows=count, row_stride=self.row_stride * step, scales=scales)
 
 
 class Operator(nn.Module):
@@ -114,6 +148,17 @@ class Operator(nn.Module):
         Raises WeightError (unknown name, wrong shape or dtype, not in CPU memory, twice) before anything of it is stored.
         """
         raise NotImplementedError
+
+    def load_stored(
+        self, name: str, matrices: Sequence[Sequence[StoredMatrix]], *, first_expert: int | None = None
+    ) -> bool:
+        """Packs weights straight out of an open file: what `load` does, without a copy of them in memory.
+
+        One entry per expert from `first_expert` on (a single one without experts); an entry is one matrix, or several that
+        make up the parameter's rows one after the other. Returns False, with nothing done, where the operator cannot: the
+        caller then reads the values and calls `load`. Raises as `load` does, and CheckpointError where reading fails.
+        """
+        return False
 
     def missing(self) -> list[str]:
         """Names (as `load` takes them) that have not arrived."""

@@ -20,6 +20,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from numagraft import crossings, preflight
 from numagraft.checkpoints import Checkpoint, LazyTensor
+from numagraft.checkpoints.files import large_tensor
 from numagraft.checkpoints.safetensors import SafetensorsCheckpoint
 from numagraft.errors import NumagraftError, Problem, UnsupportedOperationError, WeightError
 from numagraft.guards import guard
@@ -31,6 +32,7 @@ from numagraft.tied import doubled_elements, pack_tied, tied_names, untie
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from numagraft.contract import Operator
     from numagraft.native import Runtime
     from numagraft.planning import Plan
     from numagraft.platform import Platform
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _SHOWN = 8
 #: bytes that the kernel is told of before they are read
 _READ_AHEAD = 64 << 20
+#: bytes of experts that are packed by one call
+_TOGETHER = 32 << 20
 #: dtypes that operators take; anything wider is rounded to float32 first
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +75,7 @@ class Staging:
         size = torch.Size(shape).numel() * dtype.itemsize
         if self._bytes.numel() < size:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._bytes = torch.empty(size, dtype=torch.uint8)
+            self._bytes = large_tensor((size,), torch.uint8)
         return self._bytes[:size].view(dtype).view(tuple(shape))
 
 
@@ -200,6 +204,13 @@ class Load:
         shape = self._expected[name][0]
         count = 0
         experts = list(experts)
+        lazy = all(isinstance(tensor, LazyTensor) for tensors in experts for tensor in tensors)
+        if lazy and len(experts) == shape[0]:
+            stretches = [[Stretch(tensor) for tensor in tensors] for tensors in experts]
+            if self._pack_stored(operator, local, stretches):
+                if missing_keys is not None:
+                    missing_keys.discard(name)
+                return
         steps = [partial(_prefetch, tensors) for tensors in experts]
         for count, tensors in ((index + 1, experts[index]) for index in ahead(steps)):
             rows = sum(tensor.shape[0] for tensor in tensors)
@@ -225,9 +236,35 @@ class Load:
         if missing_keys is not None:
             missing_keys.discard(name)
 
+    def _pack_stored(self, operator: Operator, local: str, experts: Sequence[Sequence[Stretch]]) -> bool:
+        """Lets the operator read experts (or, as a single one, a matrix) out of the file itself, many at once.
+
+        Returns False, with nothing done, where it cannot.
+        """
+        sizes = [sum(stretch.bytes for stretch in parts) for parts in experts]
+        groups = gathered(sizes)
+        steps = [partial(_prefetch_stretches, experts[begin:end]) for begin, end in groups]
+        for index in ahead(steps):
+            begin, end = groups[index]
+            stored = [[stretch.tensor.stored(stretch.index) for stretch in parts] for parts in experts[begin:end]]
+            first = None if experts[0][0].whole else begin
+            if any(None in parts for parts in stored) or not operator.load_stored(local, stored, first_expert=first):
+                if begin == 0:
+                    return False
+                raise WeightError(f"{operator.name}.{local}: expert {begin} lies otherwise in the checkpoint than others")
+            for stretch in (each for parts in experts[begin:end] for each in parts):
+                stretch.tensor.was_read(stretch.index)
+                self.meter.add(stretch.bytes, stretch.tensor.name)
+        return True
+
     def _pack(self, name: str, tensor: LazyTensor | torch.Tensor) -> None:
         module, local = self.grafts.owners[name]
         operator = self.grafts.operators[module]
+        if isinstance(tensor, LazyTensor) and len(tensor.shape) in (2, 3):
+            indices = [None] if len(tensor.shape) == 2 else range(tensor.shape[0])
+            whole = len(tensor.shape) == 2
+            if self._pack_stored(operator, local, [[Stretch(tensor, index, whole)] for index in indices]):
+                return
         if len(tensor.shape) != 3:
             if isinstance(tensor, LazyTensor):
                 source = tensor
@@ -365,6 +402,41 @@ def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 owner._parameters[leaf] = nn.Parameter(placeholder, requires_grad=tensor.requires_grad)
             else:
                 owner._buffers[leaf] = placeholder
+
+
+def gathered(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges [begin, end) of neighbours that are about 32 MiB together, in order.
+
+    >>> gathered([20 << 20, 20 << 20, 40 << 20, 1])
+    [(0, 2), (2, 3), (3, 4)]
+    """
+    ranges: list[tuple[int, int]] = []
+    begin, together = 0, 0
+    for index, size in enumerate(sizes):
+        together += size
+        if together >= _TOGETHER or index + 1 == len(sizes):
+            ranges.append((begin, index + 1))
+            begin, together = index + 1, 0
+    return ranges
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A tensor, or what it holds at one index of its first dimension; `whole`: the parameter has no experts."""
+
+    tensor: LazyTensor
+    index: int | None = None
+    whole: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.source_bytes // (1 if self.index is None else self.tensor.shape[0])
+
+
+def _prefetch_stretches(experts: Sequence[Sequence[Stretch]]) -> int:
+    # the kernel reads on by itself in what is larger than all that it is told of
+    stretches = [stretch for parts in experts for stretch in parts]
+    return sum(each.tensor.prefetch(each.index) for each in stretches if each.bytes <= _READ_AHEAD)
 
 
 def _prefetch(tensors: Sequence[Any], index: int | None = None) -> int:

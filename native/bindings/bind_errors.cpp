@@ -26,6 +26,8 @@ void bind_errors(py::module_&) {
       raise("ConfigurationError", failure);
     } catch (const WeightFailure& failure) {
       raise("WeightError", failure);
+    } catch (const CheckpointFailure& failure) {
+      raise("CheckpointError", failure);
     }
   });
 }

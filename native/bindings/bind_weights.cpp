@@ -26,6 +26,12 @@ DType parse_dtype(const std::string& name) {
   throw ConfigurationFailure("dtype is '" + name + "': expected f32, bf16 or f16", "");
 }
 
+DType parse_source_dtype(const std::string& name) {
+  if (name == "e4m3") return DType::e4m3;
+  if (name == "e2m1") return DType::e2m1;
+  return parse_dtype(name);
+}
+
 WeightKind parse_kind(const std::string& name) {
   if (name == "bf16") return WeightKind::bf16;
   if (name == "int8") return WeightKind::int8;
@@ -45,6 +51,13 @@ Activations parse_activations(const std::string& name) {
 MatrixView view(std::uintptr_t address, const std::string& dtype, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
                 std::int64_t column_stride) {
   return MatrixView{reinterpret_cast<const void*>(address), parse_dtype(dtype), rows, columns, row_stride, column_stride};  // NOLINT
+}
+
+WeightSource source(std::uintptr_t address, const std::string& dtype, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                    std::int64_t column_stride, std::uintptr_t scales, std::int64_t scale_stride, int file, std::int64_t offset, std::int64_t file_size) {
+  const MatrixView matrix{reinterpret_cast<const void*>(address), parse_source_dtype(dtype), rows, columns, row_stride, column_stride,  // NOLINT
+                          reinterpret_cast<const void*>(scales), scale_stride};                                                          // NOLINT
+  return {matrix, file, offset, file_size};
 }
 
 Part part(std::vector<int> memory_nodes, bool interleaved, std::vector<int> workers, std::int64_t begin, std::int64_t end) {
@@ -99,6 +112,11 @@ void bind_weights(py::module_& m) {
 
   py::class_<MatrixView>(m, "MatrixView")
       .def(py::init(&view), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("column_stride"));
+  py::class_<WeightSource>(m, "WeightSource")
+      .def(py::init<const MatrixView&>())
+      .def(py::init(&source), py::arg("address"), py::arg("dtype"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"), py::arg("column_stride"),
+           py::arg("scales"), py::arg("scale_stride"), py::arg("file"), py::arg("offset"), py::arg("file_size"));
+  py::implicitly_convertible<MatrixView, WeightSource>();
   py::class_<Part>(m, "Part")
       .def(py::init(&part), py::arg("memory_nodes"), py::arg("interleaved"), py::arg("workers"), py::arg("begin"), py::arg("end"));
   py::class_<WeightFormat>(m, "WeightFormat")

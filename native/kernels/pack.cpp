@@ -32,31 +32,106 @@ NUMAGRAFT_INLINE void transpose(F (&v)[kLanes]) {
   for (int i = 0; i < 16; i += 2) exchange<1>(v[i], v[i + 1]);
 }
 
+// e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities, 0x7F is NaN.
+NUMAGRAFT_INLINE F e4m3_value(I code) {
+  const I magnitude = code & 0x7F;
+  const F normal = (F)((magnitude << 20) + (120 << 23));
+  const F value = select(magnitude < 8, to_float(magnitude) * splat(0x1p-9f), normal);
+  return (F)((I)select(magnitude == 0x7F, splat(__builtin_nanf("")), value) | ((code & 0x80) << 24));
+}
+// e2m1: 0, .5, 1, 1.5, 2, 3, 4, 6 and a sign.
+NUMAGRAFT_INLINE F e2m1_value(I code) {
+  const I magnitude = code & 7;
+  const F normal = (F)((magnitude << 22) + (126 << 23));
+  return (F)((I)select(magnitude < 2, to_float(magnitude) * splat(0.5f), normal) | ((code & 8) << 28));
+}
+
+// 16 neighbouring elements of a row. `coded`: codes as they are, in lanes of integers; else values, which lack their scales.
+template <DType dtype, bool coded>
+NUMAGRAFT_INLINE F load_elements(const void* data, std::int64_t index) {
+  if constexpr (dtype == DType::e4m3) {
+    const I codes = __builtin_convertvector(load<U8>(static_cast<const std::uint8_t*>(data) + index), I);
+    return coded ? (F)codes : e4m3_value(codes);
+  } else if constexpr (dtype == DType::e2m1) {
+    typedef std::uint8_t Pairs __attribute__((vector_size(8)));
+    const Pairs pairs = load<Pairs>(static_cast<const std::uint8_t*>(data) + index / 2);
+    const Pairs low = pairs & 15;
+    const Pairs high = pairs >> 4;
+    const I codes = __builtin_convertvector(__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), I);
+    return coded ? (F)codes : e2m1_value(codes);
+  } else {
+    return load_as_float(data, dtype, index);
+  }
+}
+template <DType dtype, bool coded>
+NUMAGRAFT_INLINE float load_one(const void* data, std::int64_t index) {
+  if constexpr (dtype == DType::e4m3 || dtype == DType::e2m1) {
+    const std::uint8_t byte = static_cast<const std::uint8_t*>(data)[dtype == DType::e4m3 ? index : index / 2];
+    const I code = I{} + (dtype == DType::e4m3 ? byte : index % 2 ? byte >> 4 : byte & 15);
+    return (coded ? (F)code : dtype == DType::e4m3 ? e4m3_value(code) : e2m1_value(code))[0];
+  } else {
+    return scalar_as_float(data, dtype, index);
+  }
+}
+
+NUMAGRAFT_INLINE F power_of_two(I exponent_code) { return (F)(exponent_code << 23); }
+NUMAGRAFT_INLINE bool present_row(const PackArgs& a, std::int64_t row) { return row >= a.row_begin && row < a.row_end; }
+
+// Scales of 16 neighbouring rows of a quantised source at one of its columns; rows that are not packed have 0.
+NUMAGRAFT_INLINE F fp8_scales(const PackArgs& a, std::int64_t first_row, std::int64_t column) {
+  F scales = {};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const std::int64_t row = first_row + lane;
+    if (present_row(a, row)) scales[lane] = static_cast<const float*>(a.source->scales)[row / kFp8Block * a.source->scale_stride + column / kFp8Block];
+  }
+  return scales;
+}
+NUMAGRAFT_INLINE I mxfp4_exponents(const PackArgs& a, std::int64_t first_row, std::int64_t column) {
+  I exponents = {};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const std::int64_t row = first_row + lane;
+    if (present_row(a, row)) exponents[lane] = static_cast<const std::uint8_t*>(a.source->scales)[row * a.source->scale_stride + column / 32];
+  }
+  return exponents;
+}
 template <DType dtype>
+NUMAGRAFT_INLINE F source_scales(const PackArgs& a, std::int64_t first_row, std::int64_t column) {
+  return dtype == DType::e4m3 ? fp8_scales(a, first_row, column) : power_of_two(mxfp4_exponents(a, first_row, column));
+}
+
+template <DType dtype, bool coded>
 void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
   const MatrixView& source = *a.source;
+  constexpr bool scaled = (dtype == DType::e4m3 || dtype == DType::e2m1) && !coded;
   for (int half = 0; half < kHalves; ++half) {
     std::int64_t offsets[kLanes];
     bool present[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       const std::int64_t row = a.first_row + half * kLanes + lane;
-      present[lane] = row >= a.row_begin && row < a.row_end;
+      present[lane] = present_row(a, row);
       offsets[lane] = present[lane] ? row * source.row_stride + a.first_input : 0;
     }
+    F scales = {};
     std::int64_t k = 0;
     for (; k + kLanes <= inputs; k += kLanes) {
       F v[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
-        v[lane] = present[lane] ? load_as_float(source.data, dtype, offsets[lane] + k) : F{};
+        v[lane] = present[lane] ? load_elements<dtype, coded>(source.data, offsets[lane] + k) : F{};
       }
       transpose(v);
+      if constexpr (scaled) {
+        if (k % 32 == 0) scales = source_scales<dtype>(a, a.first_row + half * kLanes, a.first_input + k);
+        for (int i = 0; i < kLanes; ++i) v[i] *= scales;
+      }
       for (int i = 0; i < kLanes; ++i) store(staged + (k + i) * kPanelColumns + half * kLanes, v[i]);
     }
     for (; k < inputs; ++k) {
+      F v = {};
       for (int lane = 0; lane < kLanes; ++lane) {
-        staged[k * kPanelColumns + half * kLanes + lane] =
-            present[lane] ? scalar_as_float(source.data, dtype, offsets[lane] + k) : 0.0f;
+        if (present[lane]) v[lane] = load_one<dtype, coded>(source.data, offsets[lane] + k);
       }
+      if constexpr (scaled) v *= source_scales<dtype>(a, a.first_row + half * kLanes, a.first_input + k);
+      store(staged + k * kPanelColumns + half * kLanes, v);
     }
   }
 }
@@ -82,13 +157,15 @@ void gather_strided(const PackArgs& a, std::int64_t inputs, float* staged) {
   }
 }
 
-template <DType dtype>
+template <DType dtype, bool coded>
 void gather(const PackArgs& a, float* staged) {
   std::int64_t inputs = a.source->columns - a.first_input;
   if (inputs > a.layout->k) inputs = a.layout->k;
   if (inputs < 0) inputs = 0;
-  if (a.source->column_stride == 1) {
-    gather_by_rows<dtype>(a, inputs, staged);
+  if constexpr (dtype == DType::e4m3 || dtype == DType::e2m1) {
+    gather_by_rows<dtype, coded>(a, inputs, staged);
+  } else if (a.source->column_stride == 1) {
+    gather_by_rows<dtype, false>(a, inputs, staged);
   } else {
     gather_strided<dtype>(a, inputs, staged);
   }
@@ -347,13 +424,6 @@ NUMAGRAFT_INLINE I mxfp4_code(F x) {
   code -= (m > splat(5.0f));
   return code | (((I)x >> 28) & 8);
 }
-NUMAGRAFT_INLINE F mxfp4_value(I code) {
-  constexpr float values[8] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-  F v;
-  for (int lane = 0; lane < kLanes; ++lane) v[lane] = code[lane] & 8 ? -values[code[lane] & 7] : values[code[lane] & 7];
-  return v;
-}
-NUMAGRAFT_INLINE F power_of_two(I exponent_code) { return (F)(exponent_code << 23); }
 
 NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
   F largest = {};
@@ -367,13 +437,15 @@ NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
     const F inverse = splat(1.0f) / scale;
     for (int k = 0; k < inputs; ++k) {
       const F w = at(staged, k, half);
-      const F d = w - mxfp4_value(mxfp4_code(w * inverse)) * scale;
+      const F d = w - e2m1_value(mxfp4_code(w * inverse)) * scale;
       error[candidate] += d * d;
     }
   }
   return base - (error[1] < error[0]);
 }
 
+// `coded`: staged holds codes, and the source the exponents.
+template <bool coded>
 void pack_mxfp4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   F largest[kHalves] = {};
@@ -384,13 +456,20 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
     for (int half = 0; half < kHalves; ++half) {
       I nibbles[kUnitInputs];
       for (int group = 0; group < 2; ++group) {
-        const I exponent = mxfp4_exponent(inputs + group * 32 * kPanelColumns, half, 32);
+        const std::int64_t first = unit * kUnitInputs + group * 32;
+        I exponent = {};
+        if constexpr (coded) {
+          const std::int64_t column = a.first_input + first;
+          if (column < a.source->columns) exponent = mxfp4_exponents(a, a.first_row + half * kLanes, column);
+        } else {
+          exponent = mxfp4_exponent(inputs + group * 32 * kPanelColumns, half, 32);
+        }
         store(exponents + group * kPanelColumns + half * kLanes, __builtin_convertvector(exponent, U8));
         const F scale = power_of_two(exponent);
         const F inverse = splat(1.0f) / scale;
         for (int k = group * 32; k < group * 32 + 32; ++k) {
-          nibbles[k] = mxfp4_code(at(inputs, k, half) * inverse);
-          largest[half] = larger(magnitude(mxfp4_value(nibbles[k]) * scale), largest[half]);
+          nibbles[k] = coded ? (I)at(inputs, k, half) : mxfp4_code(at(inputs, k, half) * inverse);
+          largest[half] = larger(magnitude(e2m1_value(nibbles[k]) * scale), largest[half]);
         }
       }
       std::byte* to = data + half * 512;
@@ -418,6 +497,26 @@ NUMAGRAFT_INLINE U fp8_code(F x) {
   return ((small & subnormal) | (~small & normal)) | (((U)x >> 24) & 0x80);
 }
 
+void store_fp8(std::byte* to, U even, U odd) { store(to, __builtin_convertvector(even | (odd << 8), U16)); }
+
+// Codes and scales of the source, in the order of the layout.
+void pack_fp8_coded(const PackArgs& a, const float* staged) {
+  const Layout& layout = *a.layout;
+  for (std::int64_t block = 0; block < layout.scale_rows; ++block) {
+    const std::int64_t column = a.first_input + block * kFp8Block;
+    for (int half = 0; half < kHalves; ++half) {
+      const F scales = column < a.source->columns ? fp8_scales(a, a.first_row + half * kLanes, column) : F{};
+      store(a.side + block * a.side_stride + half * kLanes, scales);
+    }
+  }
+  for (std::int64_t k = 0; k < layout.units * kUnitInputs; k += 32) {
+    for (int half = 0; half < kHalves; ++half) {
+      std::byte* to = a.panel + (k / 32) * 1024 + half * 512;
+      for (int row = 0; row < 16; ++row, to += 32) store_fp8(to, (U)at(staged, k + 2 * row, half), (U)at(staged, k + 2 * row + 1, half));
+    }
+  }
+}
+
 void pack_fp8(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   for (std::int64_t block = 0; block < layout.scale_rows; ++block) {
@@ -436,9 +535,7 @@ void pack_fp8(const PackArgs& a, const float* staged) {
       for (int half = 0; half < kHalves; ++half) {
         std::byte* to = a.panel + (k / 32) * 1024 + half * 512;
         for (int row = 0; row < 16; ++row, to += 32) {
-          const U even = fp8_code(at(staged, k + 2 * row, half) * inverse);
-          const U odd = fp8_code(at(staged, k + 2 * row + 1, half) * inverse);
-          store(to, __builtin_convertvector(even | (odd << 8), U16));
+          store_fp8(to, fp8_code(at(staged, k + 2 * row, half) * inverse), fp8_code(at(staged, k + 2 * row + 1, half) * inverse));
         }
       }
     }
@@ -452,11 +549,15 @@ namespace {
 void gather_any(const PackArgs& a, float* staged) {
   switch (a.source->dtype) {
     case DType::f32:
-      return gather<DType::f32>(a, staged);
+      return gather<DType::f32, false>(a, staged);
     case DType::bf16:
-      return gather<DType::bf16>(a, staged);
+      return gather<DType::bf16, false>(a, staged);
     case DType::f16:
-      return gather<DType::f16>(a, staged);
+      return gather<DType::f16, false>(a, staged);
+    case DType::e4m3:
+      return gather<DType::e4m3, false>(a, staged);
+    case DType::e2m1:
+      return gather<DType::e2m1, false>(a, staged);
   }
 }
 
@@ -464,6 +565,14 @@ void gather_any(const PackArgs& a, float* staged) {
 
 void pack(const PackArgs& a) {
   auto* staged = reinterpret_cast<float*>(a.staged);
+  if (a.layout->kind == WeightKind::fp8 && a.source->dtype == DType::e4m3) {
+    gather<DType::e4m3, true>(a, staged);
+    return pack_fp8_coded(a, staged);
+  }
+  if (a.layout->kind == WeightKind::mxfp4 && a.source->dtype == DType::e2m1) {
+    gather<DType::e2m1, true>(a, staged);
+    return pack_mxfp4<true>(a, staged);
+  }
   F range[kHalves] = {};
   if (a.layout->kind == WeightKind::int8) {
     PackArgs other = a;
@@ -485,7 +594,7 @@ void pack(const PackArgs& a) {
     case WeightKind::fp8:
       return pack_fp8(a, staged);
     case WeightKind::mxfp4:
-      return pack_mxfp4(a, staged);
+      return pack_mxfp4<false>(a, staged);
   }
 }
 

@@ -50,8 +50,8 @@ class ExpertsWeights {
   ExpertsWeights& operator=(const ExpertsWeights&) = delete;
 
   // One matrix per expert from first_expert on; gate and up [intermediate, hidden], down [hidden, intermediate]; a piece
-  // may be left empty. Throws WeightFailure before anything is changed.
-  void load(const std::vector<MatrixView>& gate, const std::vector<MatrixView>& up, const std::vector<MatrixView>& down,
+  // may be left empty. Throws WeightFailure before anything is changed, CheckpointFailure where a file cannot be read.
+  void load(const std::vector<WeightSource>& gate, const std::vector<WeightSource>& up, const std::vector<WeightSource>& down,
             std::int64_t first_expert);
   void load_bias(Piece piece, std::int64_t expert, const MatrixView& values);
   std::vector<std::string> missing() const;

@@ -89,15 +89,17 @@ PackedMatrix ExpertsWeights::down(int part, std::int64_t expert) const {
   return {&places_[p].down, buffers_[p].data + static_cast<std::size_t>(expert) * places_[p].stride};
 }
 
-void ExpertsWeights::load(const std::vector<MatrixView>& gate, const std::vector<MatrixView>& up,
-                          const std::vector<MatrixView>& down_matrices, std::int64_t first_expert) {
-  const std::vector<MatrixView>* pieces[] = {&gate, &up, &down_matrices};
+void ExpertsWeights::load(const std::vector<WeightSource>& gate, const std::vector<WeightSource>& up,
+                          const std::vector<WeightSource>& down_matrices, std::int64_t first_expert) {
+  const std::vector<WeightSource>* pieces[] = {&gate, &up, &down_matrices};
   std::string problems;
+  std::size_t panel_scratch = 0;
   for (int piece = 0; piece < 3; ++piece) {
     const std::int64_t rows = piece == 2 ? shape_.hidden : shape_.intermediate;
     const std::int64_t columns = piece == 2 ? shape_.intermediate : shape_.hidden;
     for (std::size_t i = 0; i < pieces[piece]->size(); ++i) {
-      const MatrixView& matrix = (*pieces[piece])[i];
+      const WeightSource& matrix = (*pieces[piece])[i];
+      panel_scratch = std::max(panel_scratch, panel_scratch_bytes(matrix));
       const std::int64_t expert = first_expert + static_cast<std::int64_t>(i);
       const std::string name = "\n  " + std::string(kNames[piece]) + " of expert " + std::to_string(expert) + ": ";
       if (expert < 0 || expert >= shape_.experts) {
@@ -107,6 +109,7 @@ void ExpertsWeights::load(const std::vector<MatrixView>& gate, const std::vector
       if (matrix.rows != rows || matrix.columns != columns) {
         problems += name + "found " + shape_of(matrix) + ", expected [" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
       }
+      if (const std::string unfit = source_problems(matrix); !unfit.empty()) problems += name + "it cannot be packed" + unfit;
       if (loaded_[piece][static_cast<std::size_t>(expert)]) problems += name + "it was loaded before";
     }
   }
@@ -117,7 +120,7 @@ void ExpertsWeights::load(const std::vector<MatrixView>& gate, const std::vector
       const ExpertsPlace& place = places_[static_cast<std::size_t>(role.part)];
       const Part& part = parts_[static_cast<std::size_t>(role.part)];
       const std::int64_t stage = std::max(stage_bytes(place.gate_up.layout), stage_bytes(place.down.layout));
-      std::byte* staged = runtime_->scratch(worker, static_cast<std::size_t>(stage));
+      std::byte* staged = runtime_->scratch(worker, static_cast<std::size_t>(stage) + panel_scratch);
       const std::int64_t inner_panels = place.frame / kPanelColumns;
       for (int piece = 0; piece < 3; ++piece) {
         const std::int64_t panels = piece == 2 ? place.down.layout.panels : inner_panels;
@@ -126,7 +129,7 @@ void ExpertsWeights::load(const std::vector<MatrixView>& gate, const std::vector
         for (std::int64_t i = mine.begin; i < mine.end; ++i) {
           const std::int64_t expert = first_expert + i / panels;
           const std::int64_t panel = i % panels;
-          const MatrixView& source = (*pieces[piece])[static_cast<std::size_t>(i / panels)];
+          const WeightSource& source = (*pieces[piece])[static_cast<std::size_t>(i / panels)];
           const std::int64_t row = panel * kPanelColumns;
           if (piece == 2) {
             pack_panel(*kernels_, down(role.part, expert), panel, source, row, 0, shape_.hidden, place.frame_begin, staged);

@@ -78,7 +78,7 @@ std::int64_t LinearWeights::packed_bytes() const {
   return total;
 }
 
-void LinearWeights::check_rows(const MatrixView& matrix, std::int64_t first_row) const {
+void LinearWeights::check_rows(const WeightSource& matrix, std::int64_t first_row) const {
   std::string problems;
   if (matrix.columns != in_features_) {
     problems += "\n  found " + std::to_string(matrix.columns) + " input features, expected " + std::to_string(in_features_);
@@ -96,12 +96,16 @@ void LinearWeights::check_rows(const MatrixView& matrix, std::int64_t first_row)
     }
     if (twice > 0) problems += "\n  " + std::to_string(twice) + " rows were loaded before, the first of them row " + std::to_string(first);
   }
+  problems += source_problems(matrix);
+  if ((matrix.quantised() || matrix.in_file()) && (first_row != 0 || matrix.rows != out_features_)) {
+    problems += "\n  quantised weights and weights in a file come whole, found " + std::to_string(matrix.rows) + " of " + std::to_string(out_features_) + " rows";
+  }
   if (!problems.empty()) {
     throw WeightFailure(owner_ + ": weight " + shape_of(matrix) + " at row " + std::to_string(first_row) + " does not fit" + problems, "");
   }
 }
 
-void LinearWeights::load_weight(const MatrixView& source, std::int64_t first_row) {
+void LinearWeights::load_weight(const WeightSource& source, std::int64_t first_row) {
   check_rows(source, first_row);
   const std::int64_t last_row = first_row + source.rows;
   // Panels wholly inside the piece are packed from it; the rows of others wait until their panel is complete.
@@ -151,7 +155,7 @@ void LinearWeights::load_weight(const MatrixView& source, std::int64_t first_row
       const auto s = static_cast<std::size_t>(role.shard);
       const Shard& shard = teams_.shards()[s];
       const PackedMatrix to = matrix(role.part);
-      std::byte* staged = runtime_->scratch(worker, static_cast<std::size_t>(stage_bytes(to.layout())));
+      std::byte* staged = runtime_->scratch(worker, pack_scratch_bytes(to.layout(), source));
       const Range mine = share(whole[s].end - whole[s].begin, role.replica_rank, role.replica_size);
       for (std::int64_t i = mine.begin; i < mine.end; ++i) {
         const std::int64_t panel = whole[s].begin + i;

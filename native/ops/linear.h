@@ -30,8 +30,9 @@ class LinearWeights {
   LinearWeights(const LinearWeights&) = delete;
   LinearWeights& operator=(const LinearWeights&) = delete;
 
-  // Rows [first_row, first_row + matrix.rows), each exactly once; throws WeightFailure before anything is changed.
-  void load_weight(const MatrixView& matrix, std::int64_t first_row);
+  // Rows [first_row, first_row + matrix.rows), each exactly once; quantised weights and files only whole. Throws WeightFailure
+  // before anything is changed, CheckpointFailure where the file cannot be read.
+  void load_weight(const WeightSource& matrix, std::int64_t first_row);
   void load_bias(const MatrixView& matrix);
   std::vector<std::string> missing() const;
   void forward(const MatrixView& x, const MatrixView& out);
@@ -50,7 +51,7 @@ class LinearWeights {
     const auto index = static_cast<std::size_t>(part);
     return {&places_[index], buffers_[index].data};
   }
-  void check_rows(const MatrixView& matrix, std::int64_t first_row) const;
+  void check_rows(const WeightSource& matrix, std::int64_t first_row) const;
   void prepare_rows(const Call& call, const Worker& worker, Range rows, std::byte* prepared, std::byte* scratch) const;
   void multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader);
 

@@ -1,5 +1,6 @@
 #include "ops/packed_matrix.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -61,12 +62,17 @@ MatrixPlace place_matrix(const WeightFormat& format, std::int64_t rows, std::int
   return place;
 }
 
-void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const MatrixView& source,
+void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const WeightSource& source,
                 std::int64_t first_row, std::int64_t row_begin, std::int64_t row_end, std::int64_t first_input,
                 std::byte* staged) {
+  MatrixView rows = source;
+  if (source.in_file()) {
+    const std::int64_t first = std::max(first_row, row_begin);
+    rows = read_rows(source, first, std::min(first_row + kPanelColumns, row_end), staged + stage_bytes(matrix.layout()));
+  }
   PackArgs args{};
   args.layout = &matrix.layout();
-  args.source = &source;
+  args.source = &rows;
   args.first_row = first_row;
   args.row_begin = row_begin;
   args.row_end = row_end;
@@ -121,6 +127,8 @@ void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, 
     case DType::f16:
       static_cast<std::uint16_t*>(data)[index] = float_to_f16(value);
       return;
+    default:
+      return;  // the bindings make no quantised matrix of an output
   }
 }
 

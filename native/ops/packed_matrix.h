@@ -7,6 +7,7 @@
 #include "kernels/format.h"
 #include "kernels/kernel_table.h"
 #include "memory/buffer.h"
+#include "ops/weight_source.h"
 
 namespace numagraft {
 
@@ -37,9 +38,14 @@ struct PackedMatrix {
 
 // Packs one panel whose columns are source rows first_row .. first_row + 31 (those outside [row_begin, row_end) as zeros)
 // and whose input 0 is the source's column first_input.
-void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const MatrixView& source,
+// `staged` is scratch of pack_scratch_bytes. Throws CheckpointFailure where the source's file cannot be read.
+void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const WeightSource& source,
                 std::int64_t first_row, std::int64_t row_begin, std::int64_t row_end, std::int64_t first_input,
                 std::byte* staged);
+
+static inline std::size_t pack_scratch_bytes(const Layout& layout, const WeightSource& source) {
+  return static_cast<std::size_t>(stage_bytes(layout)) + panel_scratch_bytes(source);
+}
 
 // Products of prepared rows with panels [panel, panel + count) into c[panel][row][32].
 void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,

@@ -31,6 +31,11 @@ class WeightFailure : public Failure {  // WeightError
   using Failure::Failure;
 };
 
+class CheckpointFailure : public Failure {  // CheckpointError
+ public:
+  using Failure::Failure;
+};
+
 std::string errno_name(int error);      // "EPERM"; "errno 1234" for one it does not know
 std::string describe_errno(int error);  // "EPERM (Operation not permitted)"
 std::string format_bytes(double bytes);  // "1.5 GiB"

@@ -17,10 +17,9 @@ namespace {
 constexpr int kWordBits = 8 * sizeof(unsigned long);
 constexpr unsigned kFlagMemsAllowed = 1u << 2;  // MPOL_F_MEMS_ALLOWED
 
-enum Call : int { kMbind, kSetMempolicy, kGetMempolicy, kMovePages, kSetAffinity, kMmap, kMadvise, kNumaMaps, kCalls };
+enum Call : int { kMbind, kSetMempolicy, kGetMempolicy, kMovePages, kSetAffinity, kMmap, kMadvise, kPread, kNumaMaps, kCalls };
 constexpr const char* kCallNames[kCalls] = {"mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity",
-                                              "mmap", "madvise",
-                                              "numa_maps"};
+                                              "mmap", "madvise", "pread", "numa_maps"};
 
 struct Fault {
   std::atomic<int> error{0};
@@ -141,6 +140,14 @@ int advise(void* address, std::size_t bytes, int advice) {
 }
 
 int protect(void* address, std::size_t bytes, int protection) { return result(::mprotect(address, bytes, protection)); }
+
+int read_at(int descriptor, void* to, std::size_t bytes, std::int64_t offset, std::int64_t& got) {
+  if (int error = fault(kPread)) return error;
+  const ssize_t count = ::pread(descriptor, to, bytes, offset);
+  if (count < 0) return errno;
+  got = count;
+  return 0;
+}
 
 void unlock(void* address, std::size_t bytes) noexcept { ::munlock(address, bytes); }
 

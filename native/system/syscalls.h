@@ -63,6 +63,8 @@ class CpuMask {
 [[nodiscard]] int map_anonymous(std::size_t bytes, int protection, int extra_flags, std::byte*& address);
 [[nodiscard]] int advise(void* address, std::size_t bytes, int advice);
 [[nodiscard]] int protect(void* address, std::size_t bytes, int protection);
+// `got` bytes of the open file at `offset` came; 0 at its end.
+[[nodiscard]] int read_at(int descriptor, void* to, std::size_t bytes, std::int64_t offset, std::int64_t& got);
 void unlock(void* address, std::size_t bytes) noexcept;  // munlock
 void unmap(void* address, std::size_t bytes) noexcept;
 
@@ -71,7 +73,7 @@ int current_cpu() noexcept;
 std::size_t page_bytes() noexcept;
 
 // The test seam: the named call ("mbind", "set_mempolicy", "get_mempolicy", "move_pages", "sched_setaffinity", "mmap",
-// "madvise", or "numa_maps": reading that file) fails with `error` once `after` more of them got through; 0 ends it. Throws
+// "madvise", "pread", or "numa_maps": reading that file) fails with `error` once `after` more of them got through; 0 ends it. Throws
 // std::invalid_argument for another name.
 int planted_fault(std::string_view call);  // counts as one use of it
 void set_fault(std::string_view call, int error, int after = 0);

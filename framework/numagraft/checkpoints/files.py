@@ -6,13 +6,15 @@ import ctypes
 import mmap
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from numagraft.contract import StoredMatrix
 from numagraft.errors import CheckpointError
 
 #: Linux reads at most this much per call
@@ -24,16 +26,36 @@ _DROP_EVERY = 64 << 20
 #: threads that share a large read, the caller included
 _READERS = min(4, len(os.sched_getaffinity(0)))
 _LEAST_PIECE = 512 << 10
+_LEAST_LARGE = 4 << 20
 
 
 @cache
-def _readers_of(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=_READERS - 1, thread_name_prefix="numagraft-read")
+def _threads_of(process: int, what: str, count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=count, thread_name_prefix=f"numagraft-{what}")
 
 
 def _readers() -> ThreadPoolExecutor:
     """The reading threads of this process; a forked child starts its own."""
-    return _readers_of(os.getpid())
+    return _threads_of(os.getpid(), "read", _READERS - 1)
+
+
+def _dropper() -> ThreadPoolExecutor:
+    """The thread that empties the page cache: the kernel makes whoever asks wait for every CPU."""
+    return _threads_of(os.getpid(), "drop", 1)
+
+
+def large_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of arbitrary values, from 4 MiB on in huge pages where the system gives them on request.
+
+    A page fault costs about what clearing its 4 KiB costs, in a virtual machine much more; huge pages take 512 times fewer.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < _LEAST_LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 class Intervals:
@@ -82,6 +104,7 @@ class UncachedFile:
         self.size = os.fstat(self._descriptor).st_size
         self._undropped = 0
         self._read = Intervals()
+        self._dropping: Future[None] | None = None
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fills `memory` (bytes) from `offset`; raises CheckpointError where the file ends early."""
@@ -101,7 +124,7 @@ class UncachedFile:
                 wait(waiting)
             for piece in waiting:
                 piece.result()
-        self._note_read(offset, offset + len(memory))
+        self.note_read(offset, offset + len(memory))
 
     def will_need(self, offset: int, count: int) -> None:
         """Lets the kernel start reading; costs microseconds where the pages are there already."""
@@ -125,16 +148,33 @@ class UncachedFile:
                 )
             done += count
 
-    def _note_read(self, begin: int, end: int) -> None:
+    def matrix(self, offset: int, coding: str, rows: int, columns: int, scales: torch.Tensor | None = None) -> StoredMatrix:
+        """Contiguous values in this file, for whoever reads them itself; `note_read` follows."""
+        if self._descriptor is None:
+            raise CheckpointError(f"{self.path} was closed before all of it was read")
+        return StoredMatrix(self._descriptor, offset, self.size, coding, rows, columns, columns, scales)
+
+    def note_read(self, begin: int, end: int) -> None:
+        """These bytes are not needed again: their pages are dropped, by a thread of its own and many at once."""
         self._read.add(begin, end)
         self._undropped += end - begin
         if self._undropped >= _DROP_EVERY:
             self._undropped = 0
-            for begin, end in self._read.take_grown():
-                os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+            self._wait_for_dropping()  # at most one is on its way, so that pages do not gather
+            self._dropping = _dropper().submit(self._drop_ranges, self._read.take_grown())
+
+    def _drop_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for begin, end in ranges:
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
+    def _wait_for_dropping(self) -> None:
+        if self._dropping is not None:
+            self._dropping.result()
+            self._dropping = None
 
     def drop(self) -> None:
         """Asks the kernel to forget all of the file's pages; those that are dirty, or mapped by others, stay."""
+        self._wait_for_dropping()
         if self._descriptor is not None:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -146,6 +186,7 @@ class UncachedFile:
 
     def cached_bytes(self) -> int | None:
         """Bytes of the file that are in the page cache now (`mincore`); None when the kernel does not tell."""
+        self._wait_for_dropping()
         if self.size == 0 or self._descriptor is None:
             return 0
         pages = -(-self.size // mmap.PAGESIZE)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from numagraft.checkpoints.files import UncachedFile
+from numagraft.checkpoints.files import UncachedFile, large_tensor
 from numagraft.checkpoints.gguf_header import Header, Stored, read_header, without_vocabulary
 from numagraft.checkpoints.mapping import Checkpoint, LazyTensor
 from numagraft.errors import CheckpointError
@@ -84,7 +84,7 @@ class GgufTensor(LazyTensor):
         from gguf.quants import dequantize
 
         if self._plain is not None:
-            return self._file.read_tensor(torch.empty(shape, dtype=self._plain), self._offset + begin)
+            return self._file.read_tensor(large_tensor(shape, self._plain), self._offset + begin)
         elements, size = self._block
         blocks = torch.empty((*shape[:-1], shape[-1] // elements * size), dtype=torch.uint8)
         self._file.read_tensor(blocks, self._offset + begin)

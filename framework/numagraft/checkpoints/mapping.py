@@ -12,6 +12,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+    from numagraft.contract import StoredMatrix
+
 #: safetensors' names of dtypes, which transformers also asks lazy tensors for
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -66,6 +68,14 @@ class LazyTensor(ABC):
         """The values at `index` of the first dimension: one expert of a fused parameter."""
         part = self.read()[index]
         return part.clone() if out is None else out.copy_(part)
+
+    def stored(self, index: int | None = None) -> StoredMatrix | None:
+        """Where the values of a matrix (or of one part of three dimensions) lie in the file, output channels by rows, for
+        operators that read them there themselves; None where they do not lie so."""
+        return None
+
+    def was_read(self, index: int | None = None) -> None:  # noqa: B027
+        """Tells that somebody else has read the values (or one part) where `stored` says."""
 
     def prefetch(self, index: int | None = None) -> int:
         """Tells the kernel that the values (or one part) are read soon; returns the bytes told, 0 where it is no use."""

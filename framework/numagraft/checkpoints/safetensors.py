@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from numagraft.checkpoints.files import UncachedFile
+from numagraft.checkpoints.files import UncachedFile, large_tensor
 from numagraft.checkpoints.mapping import DTYPE_NAMES, Checkpoint, LazyTensor
 from numagraft.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
 
+    from numagraft.contract import StoredMatrix
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_CODINGS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 #: the limit that the reference implementation sets too
 _MOST_HEADER_BYTES = 100_000_000
 _SHOWN = 8
@@ -36,15 +39,30 @@ class SafetensorsTensor(LazyTensor):
         self._offset = offset
 
     def read(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._file.read_tensor(torch.empty(self.shape, dtype=self.dtype) if out is None else out, self._offset)
+        return self._file.read_tensor(large_tensor(self.shape, self.dtype) if out is None else out, self._offset)
 
     def read_part(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
         part = torch.empty(self.shape[1:], dtype=self.dtype) if out is None else out
         return self._file.read_tensor(part, self._offset + index * part.numel() * self.dtype.itemsize)
 
-    def prefetch(self, index: int | None = None) -> int:
+    def _place(self, index: int | None) -> tuple[int, int]:
+        """Offset and count of the bytes of all values, or of one part."""
         count = self.nbytes if index is None else self.nbytes // self.shape[0]
-        self._file.will_need(self._offset + (index or 0) * count, count)
+        return self._offset + (index or 0) * count, count
+
+    def stored(self, index: int | None = None) -> StoredMatrix | None:
+        shape = self.shape if index is None else self.shape[1:]
+        if len(shape) != 2 or self.dtype not in _CODINGS:
+            return None
+        return self._file.matrix(self._place(index)[0], _CODINGS[self.dtype], *shape)
+
+    def was_read(self, index: int | None = None) -> None:
+        begin, count = self._place(index)
+        self._file.note_read(begin, begin + count)
+
+    def prefetch(self, index: int | None = None) -> int:
+        begin, count = self._place(index)
+        self._file.will_need(begin, count)
         return count
 
 

@@ -21,6 +21,7 @@ from numagraft.native.system import (
 )
 from numagraft.native.weights import (
     ExpertsWeights,
+    FileMatrix,
     Gate,
     LinearWeights,
     Matrix,
@@ -34,6 +35,7 @@ __all__ = [
     "ArenaReport",
     "Capabilities",
     "ExpertsWeights",
+    "FileMatrix",
     "Gate",
     "InheritedPolicy",
     "LinearWeights",

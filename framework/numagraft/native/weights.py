@@ -35,6 +35,41 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class FileMatrix:
+    """A matrix whose rows lie in an open file from the byte `offset` on, each contiguous and `row_stride` elements apart.
+
+    e4m3 has float32 scales at the address `scales`, one per block of 128 x 128; e2m1 (two to a byte, the first in the low
+    half) has e8m0 exponents, one per row and 32 columns. `scale_stride` is from one row of scales to the next.
+    """
+
+    descriptor: int
+    offset: int
+    file_bytes: int
+    dtype: Literal["f32", "bf16", "f16", "e4m3", "e2m1"]
+    rows: int
+    columns: int
+    row_stride: int
+    scales: int = 0
+    scale_stride: int = 0
+
+    def view(self) -> _native.WeightSource:
+        """As the binding takes it, where a weight is loaded."""
+        return _native.WeightSource(
+            address=0,
+            dtype=self.dtype,
+            rows=self.rows,
+            columns=self.columns,
+            row_stride=self.row_stride,
+            column_stride=1,
+            scales=self.scales,
+            scale_stride=self.scale_stride,
+            file=self.descriptor,
+            offset=self.offset,
+            file_size=self.file_bytes,
+        )
+
+
+@dataclass(frozen=True)
 class WeightFormat:
     """How weights are packed and inputs are taken.
 
@@ -141,10 +176,11 @@ class LinearWeights(_PackedWeights):
             isa or "",
         )
 
-    def load_weight(self, matrix: Matrix, *, first_row: int = 0) -> None:
-        """Packs rows [first_row, first_row + matrix.rows) with all threads, each node's part by its own.
+    def load_weight(self, matrix: Matrix | FileMatrix, *, first_row: int = 0) -> None:
+        """Packs rows [first_row, first_row + matrix.rows) with all threads, each node's part by its own; a file's come whole.
 
-        Raises WeightError, with nothing changed, for another shape or rows that came before.
+        Raises WeightError, with nothing changed, for another shape or rows that came before, and CheckpointError where the
+        file cannot be read.
         """
         self._weights.load_weight(matrix.view(), first_row)
 
@@ -223,15 +259,16 @@ class ExpertsWeights(_PackedWeights):
 
     def load_experts(
         self,
-        gate: Sequence[Matrix] = (),
-        up: Sequence[Matrix] = (),
-        down: Sequence[Matrix] = (),
+        gate: Sequence[Matrix | FileMatrix] = (),
+        up: Sequence[Matrix | FileMatrix] = (),
+        down: Sequence[Matrix | FileMatrix] = (),
         *,
         first_expert: int = 0,
     ) -> None:
         """Packs one matrix per expert from `first_expert` on with all threads; a piece may be left out.
 
-        Raises WeightError, with nothing changed, naming every matrix of another shape or that came before.
+        Raises WeightError, with nothing changed, naming every matrix of another shape or that came before, and
+        CheckpointError where a file cannot be read.
         """
         self._weights.load(
             [matrix.view() for matrix in gate],
