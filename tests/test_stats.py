@@ -13,7 +13,7 @@ from numagraft.stats import operator_stats
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.counts = SimpleNamespace(calls=0, seconds=0.0, bytes_read=0, remote_bytes=0)
+        self.counts = SimpleNamespace(nodes=(), calls=0, seconds=0.0, bytes_read=0, remote_bytes=0)
 
     def stats(self) -> SimpleNamespace | None:
         return self.counts

@@ -13,10 +13,13 @@ from numagraft.sizes import format_size
 if TYPE_CHECKING:
     from torch import nn
 
+    from numagraft.native import NodeStats
+
 
 @dataclass(frozen=True)
 class ModuleStats:
-    """One grafted module. `remote_bytes`: read by a worker on another node than the page's."""
+    """One grafted module. `remote_bytes`: read by a worker on another node than the page's; `nodes`: who computed what, by
+    runtime node."""
 
     name: str
     rule_id: str
@@ -25,6 +28,7 @@ class ModuleStats:
     seconds: float
     bytes_read: int
     remote_bytes: int
+    nodes: tuple[NodeStats, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class RuleStats:
     seconds: float
     bytes_read: int
     remote_bytes: int
+    nodes: tuple[NodeStats, ...] = ()
 
     @property
     def gbps(self) -> float:
@@ -121,7 +126,7 @@ def operator_stats(model: nn.Module) -> OperatorTable:
     for planned in plan.modules:
         stats = getattr(model.get_submodule(planned.name), "stats", lambda: None)()
         if stats is not None:
-            counts = (stats.calls, stats.seconds, stats.bytes_read, stats.remote_bytes)
+            counts = (stats.calls, stats.seconds, stats.bytes_read, stats.remote_bytes, stats.nodes)
             found.append(ModuleStats(planned.name, planned.rule_id, planned.operator, *counts))
     return OperatorTable(tuple(found))
 
@@ -136,7 +141,15 @@ def _sum(rule_id: str, operator: str, modules: Iterable[ModuleStats]) -> RuleSta
         seconds=sum(module.seconds for module in modules),
         bytes_read=sum(module.bytes_read for module in modules),
         remote_bytes=sum(module.remote_bytes for module in modules),
+        nodes=tuple(_add(nodes) for nodes in zip(*(module.nodes for module in modules if module.nodes), strict=True)),
     )
+
+
+def _add(nodes: Iterable[NodeStats]) -> NodeStats:
+    first, *others = nodes
+    for other in others:
+        first = first + other
+    return first
 
 
 def _difference(now: ModuleStats, before: ModuleStats) -> ModuleStats:
@@ -148,4 +161,5 @@ def _difference(now: ModuleStats, before: ModuleStats) -> ModuleStats:
         now.seconds - before.seconds,
         now.bytes_read - before.bytes_read,
         now.remote_bytes - before.remote_bytes,
+        tuple(a - b for a, b in zip(now.nodes, before.nodes, strict=True)),
     )

@@ -6,6 +6,8 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -110,6 +112,16 @@ std::pair<double, double> keep_busy(Runtime& runtime, const std::vector<int>& no
     if (worker.rank == 0) span = {begin, now()};
   });
   return span;
+}
+
+// Leases and computes nothing for that long; which of the groups it got, and when it began and ended.
+std::tuple<std::vector<int>, double, double> hold_lease(Runtime& runtime, const std::vector<std::vector<int>>& groups, double seconds) {
+  const auto now = [] { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); };
+  const Runtime::Lease lease = runtime.lease(groups);
+  const double begin = now();
+  runtime.run(lease, [](const Worker&, Barriers&) {});
+  std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+  return {lease.groups(), begin, now()};
 }
 
 py::dict scratch_of_workers(Runtime& runtime, const std::vector<int>& nodes, std::size_t bytes) {
@@ -218,6 +230,9 @@ void bind_runtime(py::module_& m) {
       .def("observe_workers", &observe_workers, py::arg("nodes"), Released())
       .def("time_calls", &time_calls, py::arg("nodes"), py::arg("calls"), py::arg("all_barriers") = 0, py::arg("node_barriers") = 0, Released())
       // test seams
+      .def("set_stealing", &Runtime::set_stealing, py::arg("on"))
+      .def("set_chunk_delay", &Runtime::set_chunk_delay, py::arg("node"), py::arg("microseconds"))
+      .def("hold_lease", &hold_lease, py::arg("groups"), py::arg("seconds"), Released())
       .def("barriers_hold", &barriers_hold, py::arg("nodes"), py::arg("rounds"), py::arg("leave_out") = false, Released())
       .def("fail_in_worker", &fail_in_worker, py::arg("nodes"), py::arg("rank"), py::arg("message"), Released())
       .def("keep_busy", &keep_busy, py::arg("nodes"), py::arg("seconds"), Released())

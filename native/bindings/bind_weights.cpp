@@ -128,7 +128,15 @@ void bind_weights(py::module_& m) {
              return format;
            }),
            py::arg("kind"), py::arg("group"), py::arg("symmetric"), py::arg("activations"));
+  py::class_<NodeStats>(m, "NodeStats")
+      .def_readonly("calls", &NodeStats::calls)
+      .def_readonly("bytes_read", &NodeStats::bytes_read)
+      .def_readonly("remote_bytes", &NodeStats::remote_bytes)
+      .def_readonly("chunks", &NodeStats::chunks)
+      .def_readonly("stolen_chunks", &NodeStats::stolen_chunks)
+      .def_readonly("off_node_chunks", &NodeStats::off_node_chunks);
   py::class_<OperatorStats>(m, "OperatorStats")
+      .def_readonly("nodes", &OperatorStats::nodes)
       .def_readonly("calls", &OperatorStats::calls)
       .def_readonly("seconds", &OperatorStats::seconds)
       .def_readonly("bytes_read", &OperatorStats::bytes_read)

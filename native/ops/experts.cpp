@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 
+#include "ops/chunk_queue.h"
 #include "system/error.h"
 
 namespace numagraft {
@@ -16,6 +17,7 @@ constexpr std::int64_t kSelfPreparedTokens = 2;   // up to here every worker pre
 constexpr std::int64_t kSplitReplicaTokens = 64;  // from here replicas split the tokens instead of the columns
 constexpr std::int64_t kFewRows = 4;              // experts with no more rows wait for memory: work is split by bytes
 constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
+constexpr std::int64_t kChunksPerWorker = 4;      // of the other stages, where nodes take from each other
 constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
 constexpr std::int64_t kMostGatheredRows = 256;
 constexpr std::int64_t kResultBytes = 128 << 10;  // of one multiplication
@@ -49,7 +51,11 @@ struct ExpertsWeights::Work {
   std::shared_ptr<Runtime::SharedScratch> partial_lease;
   std::vector<std::pair<std::size_t, Range>> items;  // expert of the routing, pairs of panels
   std::atomic<std::size_t> next_item{0};
+  int workers = 0;                                   // of its team
+  std::shared_ptr<Runtime::SharedScratch> inputs;    // prepared tokens of the slab, where nodes take from each other
 };
+
+enum Stage { kPrepareInputs, kGateAndUp, kPrepareInner, kDown };  // of a work whose chunks nodes take from each other
 
 struct ExpertsWeights::Call {
   MatrixView x;
@@ -57,6 +63,7 @@ struct ExpertsWeights::Call {
   Range tokens;  // of the slab
   bool split_replicas = false;
   bool self_prepared = false;
+  bool in_chunks = false;  // replicas take from each other's work
   std::deque<Routing> routings;
   std::deque<Work> works;
   std::vector<std::vector<Work*>> works_of_shard;
@@ -90,7 +97,21 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
   check_ids(ids, shape_.experts, owner_);
   if (x.rows == 0) return;
   const auto start = std::chrono::steady_clock::now();
+  if (teams_.mirrors().empty()) {
+    compute(x, ids, weights, out, teams_.everyone(), nullptr);
+  } else {
+    const Runtime::Lease lease = runtime_->lease(teams_.mirrors());
+    if (lease.groups().size() == teams_.mirrors().size()) {
+      compute(x, ids, weights, out, teams_.everyone(), &lease);
+    } else {
+      compute(x, ids, weights, out, teams_.some(*runtime_, lease.groups()), &lease);
+    }
+  }
+  traffic_.add_call(std::chrono::steady_clock::now() - start);
+}
 
+void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const MatrixView& weights, const MatrixView& out, const Roster& roster,
+                             const Runtime::Lease* lease) {
   for (std::int64_t first = 0; first < x.rows; first += kSlabTokens) {
     Call call;
     call.x = x;
@@ -99,18 +120,19 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
     const std::int64_t tokens = call.tokens.end - call.tokens.begin;
     call.split_replicas = tokens >= kSplitReplicaTokens;
     call.self_prepared = tokens <= kSelfPreparedTokens;
+    call.in_chunks = call.split_replicas && lease != nullptr && lease->groups().size() > 1;
     const auto& shards = teams_.shards();
     call.works_of_shard.resize(shards.size());
-    for (int node : teams_.nodes()) {
-      const Worker probe{node, 0, 1, 0, 1, 0, 1};
-      for (const Role& role : teams_.roles(probe)) {
+    for (int node : roster.nodes()) {
+      for (const Role& role : roster.roles_of_first(node)) {
         const auto s = static_cast<std::size_t>(role.shard);
         const int replica = call.split_replicas ? role.replica : 0;
         if (static_cast<int>(call.works_of_shard[s].size()) > replica) continue;
         Work& work = call.works.emplace_back();
         call.works_of_shard[s].push_back(&work);
         work.shard = role.shard;
-        work.tokens = call.split_replicas ? share(tokens, role.replica, role.replicas) : Range{0, tokens};
+        work.tokens = call.split_replicas ? share_of_replica(tokens, role) : Range{0, tokens};
+        work.workers = call.split_replicas ? role.replica_size : role.size;
         const Range absolute{first + work.tokens.begin, first + work.tokens.end};
         for (std::size_t other = 0; other < s && work.routing == nullptr; ++other) {
           for (const Work* same : call.works_of_shard[other]) {
@@ -126,7 +148,7 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
           work.inner_offsets.push_back(bytes - prepared_at);
           bytes += whole_lines(work.inner_rows.back().bytes());
         }
-        work.lease = runtime_->shared_scratch(std::max<std::size_t>(bytes, 64), node);
+        work.lease = runtime_->shared_scratch(std::max<std::size_t>(bytes, 64), node, lease);
         work.inner = reinterpret_cast<std::uint16_t*>(work.lease->data);
         work.prepared = work.lease->data + prepared_at;
         for (std::size_t e = 0; e < work.inner_rows.size(); ++e) {
@@ -134,14 +156,18 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
         }
         if (shards.size() > 1) {
           const std::int64_t own = work.tokens.end - work.tokens.begin;
-          work.partial_lease = runtime_->shared_scratch(std::max<std::size_t>(static_cast<std::size_t>(own * shape_.hidden) * sizeof(float), 64), node);
+          work.partial_lease = runtime_->shared_scratch(std::max<std::size_t>(static_cast<std::size_t>(own * shape_.hidden) * sizeof(float), 64), node, lease);
           work.partial = reinterpret_cast<float*>(work.partial_lease->data);
         }
-        if (work.routing->most_rows > kFewRows) {
+        if (call.in_chunks) {
+          const RowSet rows(*kernels_, format_.kind, shape_.hidden, tokens, 1);
+          work.inputs = runtime_->shared_scratch(rows.bytes(), node, lease);
+          rows.clear_flags(work.inputs->data, work.tokens.begin, work.tokens.end);
+        }
+        if ((work.routing->most_rows > kFewRows || call.in_chunks) && !work.routing->experts.empty()) {
           const std::int64_t pairs = place.frame / kPanelColumns;
           const auto active = static_cast<std::int64_t>(work.routing->experts.size());
-          const int size = call.split_replicas ? role.replica_size : role.size;
-          const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * size + active - 1) / active, 1, pairs);
+          const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * work.workers + active - 1) / active, 1, pairs);
           for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {
             for (std::int64_t piece = 0; piece < pieces; ++piece) {
               work.items.push_back({e, Range{pairs * piece / pieces, pairs * (piece + 1) / pieces}});
@@ -154,32 +180,44 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
         }
       }
     }
-    if (!call.self_prepared) {
+    if (!call.self_prepared && !call.in_chunks) {
       const RowSet rows(*kernels_, format_.kind, shape_.hidden, tokens, 1);
       call.inputs.resize(runtime_->nodes().size());
-      for (int node : teams_.nodes()) {
-        auto& lease = call.inputs[static_cast<std::size_t>(node)];
-        lease = runtime_->shared_scratch(rows.bytes(), node);
-        rows.clear_flags(lease->data, 0, tokens);
+      for (int node : roster.nodes()) {
+        auto& inputs = call.inputs[static_cast<std::size_t>(node)];
+        inputs = runtime_->shared_scratch(rows.bytes(), node, lease);
+        rows.clear_flags(inputs->data, 0, tokens);
       }
     }
+    Exchange exchange(call.in_chunks ? call.works.size() : 0, runtime_->stealing());
+    for (std::size_t w = 0; call.in_chunks && w < call.works.size(); ++w) {
+      const Work& work = call.works[w];
+      const std::int64_t most = kChunksPerWorker * work.workers;
+      ChunkQueue& queue = exchange.queue(w);
+      queue.add_stage(std::min(most, work.tokens.end - work.tokens.begin));
+      queue.add_stage(static_cast<std::int64_t>(work.items.size()));
+      queue.add_stage(std::min(most, work.routing->pairs()));
+      queue.add_stage(work.tokens.begin < work.tokens.end ? std::min(most, places_[static_cast<std::size_t>(teams_.shards()[0].parts[0])].down.layout.panels) : 0);
+    }
 
-    const bool local = call.split_replicas ? teams_.single_node_replicas() : teams_.single_node_teams();
-    runtime_->run(teams_.nodes(), [&](const Worker& worker, Barriers& barriers) {
-      Reader reader(traffic_);
+    const bool local = call.split_replicas ? roster.single_node_replicas() : roster.single_node_teams();
+    const auto share_work = [&](const Worker& worker, Barriers& barriers) {
+      Reader reader(traffic_, worker.node, runtime_->nodes()[static_cast<std::size_t>(worker.node)].os_node, worker.rank_in_node == 0);
       const auto meet = [&] { local ? barriers.node(worker) : barriers.all(worker); };
       std::vector<Seat> seats;
       std::size_t bytes = 0;
       std::int64_t most_gathered = 0;
       const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).bytes());
-      for (const Role& role : teams_.roles(worker)) {
+      for (const Role& role : roster.roles(worker)) {
         Seat seat;
         seat.role = role;
         seat.work = call.works_of_shard[static_cast<std::size_t>(role.shard)][call.split_replicas ? static_cast<std::size_t>(role.replica) : 0];
         seat.rank = call.split_replicas ? role.replica_rank : role.rank;
         seat.size = call.split_replicas ? role.replica_size : role.size;
         const std::int64_t fit = std::max<std::int64_t>(kGatheredBytes / block_bytes, 1) * kBlockRows;
-        seat.gathered_rows = std::min({fit, kMostGatheredRows, seat.work->routing->most_rows});
+        std::int64_t most_rows = seat.work->routing->most_rows;
+        for (const Work& work : call.works) most_rows = call.in_chunks ? std::max(most_rows, work.routing->most_rows) : most_rows;
+        seat.gathered_rows = std::min({fit, kMostGatheredRows, most_rows});
         most_gathered = std::max(most_gathered, seat.gathered_rows);
         seats.push_back(std::move(seat));
       }
@@ -193,37 +231,77 @@ void ExpertsWeights::forward(const MatrixView& x, const ExpertIds& ids, const Ma
       bytes = inputs_bytes + gathered_bytes + row_bytes + c_bytes + sums_bytes;
       std::byte* scratch = runtime_->scratch(worker, bytes);
       for (Seat& seat : seats) {
-        seat.inputs = call.self_prepared ? scratch : call.inputs[static_cast<std::size_t>(worker.node)]->data;
+        if (!call.in_chunks) seat.inputs = call.self_prepared ? scratch : call.inputs[static_cast<std::size_t>(worker.node)]->data;
         seat.gathered = scratch + inputs_bytes;
         seat.c = reinterpret_cast<float*>(scratch + inputs_bytes + gathered_bytes + row_bytes);
         seat.sums = reinterpret_cast<float*>(scratch + inputs_bytes + gathered_bytes + row_bytes + c_bytes);
       }
+      std::byte* const row = scratch + inputs_bytes + gathered_bytes;
+      if (call.in_chunks) {
+        Seat& seat = seats[0];
+        exchange.work(static_cast<std::size_t>(seat.role.replica), barriers.spin(), [&](std::size_t owner, ChunkQueue::Chunk chunk) {
+          runtime_->delay_chunk(worker.node);
+          reader.begin_chunk(static_cast<int>(owner) != seat.role.replica);
+          seat.work = &call.works[owner];
+          run_chunk(call, seat, chunk.stage, chunk.index, row, reader);
+        });
+        return;
+      }
       if (call.self_prepared) own_inputs.clear_flags(scratch, 0, tokens);
-      prepare_inputs(call, worker, seats, scratch + inputs_bytes + gathered_bytes);
+      prepare_inputs(call, needed_tokens(call, worker, seats), seats[0].inputs, row);
       if (!call.self_prepared) barriers.node(worker);
       for (Seat& seat : seats) gate_and_up(call, seat, reader);
       meet();
-      for (const Seat& seat : seats) prepare_inner(seat);
+      for (const Seat& seat : seats) prepare_inner(*seat.work, share(seat.work->routing->pairs(), seat.rank, seat.size));
       meet();
-      for (Seat& seat : seats) multiply_down(call, seat, reader);
+      for (Seat& seat : seats) multiply_down(call, seat, share(down_panels(seat), seat.rank, seat.size), reader);
       if (shards.size() > 1) {
         barriers.all(worker);
         add_shards(call, worker);
       }
-    });
+    };
+    lease != nullptr ? runtime_->run(*lease, share_work) : runtime_->run(roster.nodes(), share_work);
   }
-  traffic_.add_call(std::chrono::steady_clock::now() - start);
 }
 
-void ExpertsWeights::prepare_inputs(const Call& call, const Worker& worker, const std::vector<Seat>& seats, std::byte* row) const {
-  const std::int64_t tokens = call.tokens.end - call.tokens.begin;
-  const RowSet rows(*kernels_, format_.kind, shape_.hidden, tokens, 1);
-  // A node with one work needs that work's tokens only.
-  Range needed = seats.size() == 1 ? seats[0].work->tokens : Range{0, tokens};
-  if (!call.self_prepared) {
-    const Range mine = share(needed.end - needed.begin, worker.rank_in_node, worker.workers_in_node);
-    needed = {needed.begin + mine.begin, needed.begin + mine.end};
+// One chunk of the seat's work, which may be another node's, with the weights of the seat's own replica.
+void ExpertsWeights::run_chunk(const Call& call, Seat& seat, int stage, std::int64_t index, std::byte* row, Reader& reader) const {
+  Work& work = *seat.work;
+  const std::int64_t most = kChunksPerWorker * work.workers;
+  const auto piece = [&](std::int64_t count) {
+    const std::int64_t pieces = std::min(most, count);
+    return Range{count * index / pieces, count * (index + 1) / pieces};
+  };
+  seat.inputs = work.inputs->data;
+  switch (stage) {
+    case kPrepareInputs: {
+      const Range tokens = piece(work.tokens.end - work.tokens.begin);
+      prepare_inputs(call, {work.tokens.begin + tokens.begin, work.tokens.begin + tokens.end}, seat.inputs, row);
+      return;
+    }
+    case kGateAndUp: {
+      const auto& item = work.items[static_cast<std::size_t>(index)];
+      gate_and_up_of(call, seat, item.first, item.second, reader);
+      return;
+    }
+    case kPrepareInner: prepare_inner(work, piece(work.routing->pairs())); return;
+    default: multiply_down(call, seat, piece(down_panels(seat)), reader);
   }
+}
+
+std::int64_t ExpertsWeights::down_panels(const Seat& seat) const { return places_[static_cast<std::size_t>(seat.role.part)].down.layout.panels; }
+
+// The tokens that a worker prepares: all, or its share of those that its node needs.
+Range ExpertsWeights::needed_tokens(const Call& call, const Worker& worker, const std::vector<Seat>& seats) const {
+  // A node with one work needs that work's tokens only.
+  const Range needed = seats.size() == 1 ? seats[0].work->tokens : Range{0, call.tokens.end - call.tokens.begin};
+  if (call.self_prepared) return needed;
+  const Range mine = share(needed.end - needed.begin, worker.rank_in_node, worker.workers_in_node);
+  return {needed.begin + mine.begin, needed.begin + mine.end};
+}
+
+void ExpertsWeights::prepare_inputs(const Call& call, Range needed, std::byte* inputs, std::byte* row) const {
+  const RowSet rows(*kernels_, format_.kind, shape_.hidden, call.tokens.end - call.tokens.begin, 1);
   for (std::int64_t token = needed.begin; token < needed.end; ++token) {
     const std::int64_t at = call.tokens.begin + token;
     const void* x = static_cast<const std::byte*>(call.x.data) + at * call.x.row_stride * (call.x.dtype == DType::f32 ? 4 : 2);
@@ -233,7 +311,7 @@ void ExpertsWeights::prepare_inputs(const Call& call, const Worker& worker, cons
       x = row;
       dtype = DType::f32;
     }
-    rows.prepare(seats[0].inputs, token, x, dtype, input_error(format_, kernels_->rerounds));
+    rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->rerounds));
   }
 }
 
@@ -301,24 +379,21 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
   }
 }
 
-void ExpertsWeights::prepare_inner(const Seat& seat) const {
-  const Work& work = *seat.work;
-  const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
-  const Range mine = share(work.routing->pairs(), seat.rank, seat.size);
+void ExpertsWeights::prepare_inner(const Work& work, Range mine) const {
+  const std::int64_t frame = places_[static_cast<std::size_t>(teams_.shards()[static_cast<std::size_t>(work.shard)].parts[0])].frame;
   std::size_t expert = 0;
   for (std::int64_t pair = mine.begin; pair < mine.end; ++pair) {
     while (pair >= work.routing->experts[expert].first + work.routing->experts[expert].rows) ++expert;
     work.inner_rows[expert].prepare(work.prepared + work.inner_offsets[expert], pair - work.routing->experts[expert].first,
-                                    work.inner + pair * place.frame, DType::bf16, inner_error(format_));
+                                    work.inner + pair * frame, DType::bf16, inner_error(format_));
   }
 }
 
-void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Reader& reader) const {
+void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Reader& reader) const {
   const Work& work = *seat.work;
   const std::int64_t tokens = work.tokens.end - work.tokens.begin;
   if (tokens == 0) return;
   const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
-  const Range mine = share(place.down.layout.panels, seat.rank, seat.size);
   const std::int64_t chunk = std::max<std::int64_t>(kSumBytes / (tokens * kPanelColumns * 4), 1);
   const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, place.frame, kBlockRows).bytes());
   const std::int64_t blocks_together = std::clamp<std::int64_t>(kGatheredBytes / block_bytes, 1, kMostGatheredRows / kBlockRows);

@@ -73,11 +73,16 @@ class ExpertsWeights {
   PackedMatrix gate_up(int part, std::int64_t expert) const;
   PackedMatrix down(int part, std::int64_t expert) const;
   std::vector<bool>& loaded(Piece piece, bool bias);
-  void prepare_inputs(const Call& call, const Worker& worker, const std::vector<Seat>& seats, std::byte* row) const;
+  void compute(const MatrixView& x, const ExpertIds& ids, const MatrixView& weights, const MatrixView& out, const Roster& roster,
+               const Runtime::Lease* lease);
+  void run_chunk(const Call& call, Seat& seat, int stage, std::int64_t index, std::byte* row, Reader& reader) const;
+  Range needed_tokens(const Call& call, const Worker& worker, const std::vector<Seat>& seats) const;
+  std::int64_t down_panels(const Seat& seat) const;
+  void prepare_inputs(const Call& call, Range needed, std::byte* inputs, std::byte* row) const;
   void gate_and_up(const Call& call, Seat& seat, Reader& reader) const;
   void gate_and_up_of(const Call& call, Seat& seat, std::size_t expert, Range pairs_of_panels, Reader& reader) const;
-  void prepare_inner(const Seat& seat) const;
-  void multiply_down(const Call& call, Seat& seat, Reader& reader) const;
+  void prepare_inner(const Work& work, Range pairs) const;
+  void multiply_down(const Call& call, Seat& seat, Range panels, Reader& reader) const;
   void add_shards(const Call& call, const Worker& worker) const;
 
   std::shared_ptr<Runtime> runtime_;

@@ -43,7 +43,8 @@ ExpertsWeights::ExpertsWeights(std::shared_ptr<Runtime> runtime, const ExpertsSh
       gate_(gate),
       parts_(std::move(parts)),
       owner_(std::move(owner)),
-      teams_(*runtime_, parts_, shape.intermediate, owner_) {
+      teams_(*runtime_, parts_, shape.intermediate, owner_),
+      traffic_(runtime_->nodes().size()) {
   if (const auto problems = format_problems(format); !problems.empty()) {
     std::string text = owner_ + ": the weight format cannot be packed";
     for (const std::string& problem : problems) text += "\n  " + problem;

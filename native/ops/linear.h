@@ -52,8 +52,15 @@ class LinearWeights {
     return {&places_[index], buffers_[index].data};
   }
   void check_rows(const WeightSource& matrix, std::int64_t first_row) const;
-  void prepare_rows(const Call& call, const Worker& worker, Range rows, std::byte* prepared, std::byte* scratch) const;
+  Reader reader_of(const Worker& worker) {
+    return Reader(traffic_, worker.node, runtime_->nodes()[static_cast<std::size_t>(worker.node)].os_node, worker.rank_in_node == 0);
+  }
+  void compute(const MatrixView& x, const MatrixView& out, const Roster& roster, const Runtime::Lease* lease);
+  void compute_in_chunks(const Call& call, const Roster& roster, const Runtime::Lease& lease);
+  void prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const;
+  std::int64_t blocks_together() const;
   void multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader);
+  void multiply_blocks(const Call& call, const Worker& worker, int part, Range blocks, Range panels, std::byte* prepared, Reader& reader);
 
   std::shared_ptr<Runtime> runtime_;
   const KernelTable* kernels_;

@@ -43,7 +43,7 @@ void check_cover(const std::vector<Shard>& shards, std::int64_t units, std::vect
 }  // namespace
 
 Teams::Teams(const Runtime& runtime, const std::vector<Part>& parts, std::int64_t units, const std::string& owner)
-    : roles_of_node_(runtime.nodes().size()) {
+    : everyone_(runtime.nodes().size()) {
   std::vector<std::string> problems;
   check_nodes(runtime, parts, problems);
   for (std::size_t i = 0; i < parts.size(); ++i) {
@@ -62,60 +62,73 @@ Teams::Teams(const Runtime& runtime, const std::vector<Part>& parts, std::int64_
   }
 
   for (std::size_t s = 0; s < shards_.size(); ++s) {
-    const Shard& shard = shards_[s];
-    std::vector<Role> of_nodes(roles_of_node_.size());
-    std::vector<bool> taken(roles_of_node_.size(), false);
-    std::vector<int> team;
-    for (std::size_t r = 0; r < shard.parts.size(); ++r) {
-      int in_replica = 0;
-      int replica_nodes = 0;
-      std::vector<int> members;
-      for (int node : parts[static_cast<std::size_t>(shard.parts[r])].workers) {
+    std::vector<bool> taken(runtime.nodes().size(), false);
+    std::vector<Roster::Replica> replicas;
+    for (int part : shards_[s].parts) {
+      Roster::Replica replica{part, {}};
+      for (int node : parts[static_cast<std::size_t>(part)].workers) {
         const auto n = static_cast<std::size_t>(node);
-        const int threads = runtime.nodes()[n].threads;
-        if (taken[n] || threads == 0) continue;  // a node computes with the first replica that names it
+        if (taken[n] || runtime.nodes()[n].threads == 0) continue;  // a node computes with the first replica that names it
         taken[n] = true;
-        Role role;
-        role.shard = static_cast<int>(s);
-        role.part = shard.parts[r];
-        role.replica = static_cast<int>(r);
-        role.replica_rank = in_replica;
-        of_nodes[n] = role;
-        members.push_back(node);
-        in_replica += threads;
-        ++replica_nodes;
+        replica.nodes.push_back(node);
       }
-      for (int node : members) of_nodes[static_cast<std::size_t>(node)].replica_size = in_replica;
-      if (replica_nodes > 1) single_node_replicas_ = false;
-      team.insert(team.end(), members.begin(), members.end());
+      std::sort(replica.nodes.begin(), replica.nodes.end());
+      if (!replica.nodes.empty()) replicas.push_back(std::move(replica));
     }
-    std::sort(team.begin(), team.end());
-    if (team.size() > 1) single_node_teams_ = false;
-    int size = 0;
-    for (int node : team) {
-      of_nodes[static_cast<std::size_t>(node)].rank = size;
-      size += runtime.nodes()[static_cast<std::size_t>(node)].threads;
+    std::sort(replicas.begin(), replicas.end(), [](const auto& a, const auto& b) { return a.nodes[0] < b.nodes[0]; });
+    everyone_.seat(runtime, static_cast<int>(s), replicas);
+    if (shards_.size() == 1 && replicas.size() > 1) {
+      for (const Roster::Replica& replica : replicas) mirrors_.push_back(replica.nodes);
+      replicas_ = std::move(replicas);
     }
-    int replicas = 0;
-    std::vector<int> numbering(shard.parts.size(), -1);
-    for (int node : team) {
-      int& number = numbering[static_cast<std::size_t>(of_nodes[static_cast<std::size_t>(node)].replica)];
-      if (number < 0) number = replicas++;
-      of_nodes[static_cast<std::size_t>(node)].replica = number;
+  }
+}
+
+Roster Teams::some(const Runtime& runtime, const std::vector<int>& chosen) const {
+  std::vector<Roster::Replica> replicas;
+  for (int replica : chosen) replicas.push_back(replicas_[static_cast<std::size_t>(replica)]);
+  Roster roster(runtime.nodes().size());
+  roster.seat(runtime, 0, replicas);
+  return roster;
+}
+
+void Roster::seat(const Runtime& runtime, int shard, const std::vector<Replica>& replicas) {
+  std::vector<int> team;
+  std::vector<Role> of_nodes(roles_of_node_.size());
+  int before = 0;
+  for (std::size_t r = 0; r < replicas.size(); ++r) {
+    int in_replica = 0;
+    for (int node : replicas[r].nodes) {
+      Role& role = of_nodes[static_cast<std::size_t>(node)];
+      role.shard = shard;
+      role.part = replicas[r].part;
+      role.replica = static_cast<int>(r);
+      role.replicas = static_cast<int>(replicas.size());
+      role.replica_rank = in_replica;
+      role.replica_begin = before;
+      in_replica += runtime.nodes()[static_cast<std::size_t>(node)].threads;
+      team.push_back(node);
     }
-    for (int node : team) {
-      Role role = of_nodes[static_cast<std::size_t>(node)];
-      role.size = size;
-      role.replicas = replicas;
-      roles_of_node_[static_cast<std::size_t>(node)].push_back(role);
-      if (std::find(nodes_.begin(), nodes_.end(), node) == nodes_.end()) nodes_.push_back(node);
-    }
+    for (int node : replicas[r].nodes) of_nodes[static_cast<std::size_t>(node)].replica_size = in_replica;
+    before += in_replica;
+    if (replicas[r].nodes.size() > 1) single_node_replicas_ = false;
+  }
+  if (team.size() > 1) single_node_teams_ = false;
+  std::sort(team.begin(), team.end());
+  int rank = 0;
+  for (int node : team) {
+    Role& role = of_nodes[static_cast<std::size_t>(node)];
+    role.rank = rank;
+    role.size = before;
+    rank += runtime.nodes()[static_cast<std::size_t>(node)].threads;
+    roles_of_node_[static_cast<std::size_t>(node)].push_back(role);
+    if (std::find(nodes_.begin(), nodes_.end(), node) == nodes_.end()) nodes_.push_back(node);
   }
   std::sort(nodes_.begin(), nodes_.end());
 }
 
-std::vector<Role> Teams::roles(const Worker& worker) const {
-  std::vector<Role> roles = roles_of_node_[static_cast<std::size_t>(worker.node)];
+std::vector<Role> Roster::roles(const Worker& worker) const {
+  std::vector<Role> roles = roles_of_first(worker.node);
   for (Role& role : roles) {
     role.rank += worker.rank_in_node;
     role.replica_rank += worker.rank_in_node;

@@ -84,6 +84,18 @@ std::vector<int> CpuMask::cpus() const {
   return found;
 }
 
+CpuMask& CpuMask::operator|=(const CpuMask& other) {
+  for (std::size_t i = 0; i < words_.size(); ++i) words_[i] |= other.words_[i];
+  return *this;
+}
+
+bool CpuMask::contains(const CpuMask& other) const {
+  for (std::size_t i = 0; i < words_.size(); ++i) {
+    if ((other.words_[i] & ~words_[i]) != 0) return false;
+  }
+  return true;
+}
+
 int CpuMask::count() const {
   int total = 0;
   for (unsigned long word : words_) total += std::popcount(word);

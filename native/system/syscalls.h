@@ -44,6 +44,8 @@ class CpuMask {
   void add(int cpu);
   std::vector<int> cpus() const;
   int count() const;
+  CpuMask& operator|=(const CpuMask& other);
+  bool contains(const CpuMask& other) const;
   bool operator==(const CpuMask&) const = default;
   unsigned long* words() { return words_.data(); }
   const unsigned long* words() const { return words_.data(); }

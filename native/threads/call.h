@@ -44,6 +44,7 @@ class Call : public Barriers {
 
   void all(const Worker& worker) override;
   void node(const Worker& worker) override;
+  SpinTime spin() const override { return spin_; }
 
  private:
   void wait(WaitWord& generation, std::uint32_t old);

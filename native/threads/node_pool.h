@@ -31,6 +31,15 @@ class NodePool {
   // More threads than CPUs: waiting by spinning would keep the others from running.
   bool crowded() const { return !cpus_.empty() && static_cast<int>(cpus_.size()) < threads_; }
 
+  // Who computes here when several callers share the nodes of a mirror (group_lease.h). Hints: the lock alone decides.
+  struct Tenancy {
+    std::atomic<std::uint64_t> holder{0};         // the caller of the call that runs, where it asked for a lease
+    std::atomic<std::uint64_t> reserved_by{0};    // a caller that shares, and until when its next call is expected
+    std::atomic<std::int64_t> reserved_until{0};  // nanoseconds of the steady clock
+    std::atomic<int> waiting{0};
+  };
+  Tenancy& tenancy() { return tenancy_; }
+
   // The rest only by the thread that holds `calls`.
   std::mutex& calls() { return calls_; }
   Call& call() { return call_; }
@@ -50,6 +59,7 @@ class NodePool {
   const std::uint32_t process_generation_;
   const std::uint64_t order_;
   std::mutex calls_;
+  Tenancy tenancy_;
   std::vector<pthread_t> made_;
   bool has_slot_0_ = false;
   bool has_others_ = false;

@@ -1,5 +1,7 @@
 #include "threads/runtime.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -12,6 +14,7 @@
 #include "system/process.h"
 #include "system/syscalls.h"
 #include "threads/call.h"
+#include "threads/group_lease.h"
 #include "threads/node_pool.h"
 #include "threads/pool_registry.h"
 
@@ -70,6 +73,10 @@ void check(const std::vector<NodeSpec>& nodes, const RuntimeOptions& options) {
   if (!problems.empty()) throw ConfigurationFailure("this runtime layout cannot be used:" + problems, "make it with RuntimeLayout.from_platform, or correct the nodes");
 }
 
+void check_outside_call() {
+  if (inside_call()) throw std::logic_error("Runtime::run inside Runtime::run: the workers would wait for themselves");
+}
+
 struct alignas(64) WorkerScratch {
   std::byte* data = nullptr;
   std::size_t bytes = 0;
@@ -90,8 +97,12 @@ struct Runtime::Impl {
   };
 
   Impl(std::vector<NodeSpec> nodes_, RuntimeOptions options_)
-      : nodes((check(nodes_, options_), std::move(nodes_))), options(options_), memory(os_nodes_of(nodes), options.bind, resolve_pages(options.pages)) {
+      : nodes((check(nodes_, options_), std::move(nodes_))),
+        options(options_),
+        memory(os_nodes_of(nodes), options.bind, resolve_pages(options.pages)),
+        chunk_delays(nodes.size()) {
     scratch.resize(nodes.size());
+    for (const NodeSpec& node : nodes) cpu_masks.emplace_back(node.cpus);
     int threads = 0;
     for (std::size_t i = 0; i < nodes.size(); ++i) {
       scratch[i].resize(static_cast<std::size_t>(nodes[i].threads));
@@ -127,8 +138,16 @@ struct Runtime::Impl {
     return *all_pools.back();
   }
 
+  NodePool& pool(Pools& mine, int index) {
+    node(index);
+    return *mine.by_node[static_cast<std::size_t>(index)];
+  }
+
   void run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work);
-  void touch(const Memory::Reserved& reserved);
+  // `on` are nodes with threads whose pools this thread holds.
+  void run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work);
+  void touch(const Memory::Reserved& reserved, const Lease* lease);
+  Buffer allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner, const Lease* lease);
 
   const std::vector<NodeSpec> nodes;
   const RuntimeOptions options;
@@ -138,30 +157,28 @@ struct Runtime::Impl {
   std::vector<std::unique_ptr<Pools>> all_pools;
   std::vector<std::vector<WorkerScratch>> scratch;       // [node][rank]: only its worker looks at it
   std::vector<std::unique_ptr<SharedBlock>> shared_blocks;  // guarded by fork_safe_mutex()
+  std::vector<sys::CpuMask> cpu_masks;                   // by node
+  std::vector<std::atomic<int>> chunk_delays;            // by node, microseconds
 };
 
 void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work) {
-  if (inside_call()) throw std::logic_error("Runtime::run inside Runtime::run: the workers would wait for themselves");
+  check_outside_call();
   Pools& mine = pools();
-  thread_local std::vector<Call::Seat> seats;
-  thread_local std::vector<NodePool*> seated;
+  thread_local std::vector<int> with_threads;
   thread_local std::vector<NodePool*> in_order;
-  seats.clear();
-  seated.clear();
-  bool calm = !crowded;
+  with_threads.clear();
+  in_order.clear();
   for (int node : on) {
     this->node(node);
     NodePool* pool = mine.by_node[static_cast<std::size_t>(node)].get();
     if (pool == nullptr) continue;
-    if (std::find(seated.begin(), seated.end(), pool) != seated.end()) throw std::invalid_argument("node " + std::to_string(node) + " is named twice");
-    seats.push_back({.node = node, .workers = pool->threads(), .first_rank = 0, .sync = &pool->sync()});
-    seated.push_back(pool);
-    calm = calm && !pool->crowded();
+    if (std::find(in_order.begin(), in_order.end(), pool) != in_order.end()) throw std::invalid_argument("node " + std::to_string(node) + " is named twice");
+    in_order.push_back(pool);
+    with_threads.push_back(node);
   }
-  if (seats.empty()) throw std::invalid_argument("none of the nodes asked for has a thread");
+  if (in_order.empty()) throw std::invalid_argument("none of the nodes asked for has a thread");
 
   // Everyone locks in the same order, so that calls that overlap queue instead of waiting for each other.
-  in_order = seated;
   std::sort(in_order.begin(), in_order.end(), [](const NodePool* a, const NodePool* b) { return a->order() < b->order(); });
   struct Unlock {
     std::size_t locked = 0;
@@ -172,6 +189,23 @@ void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&,
   for (NodePool* pool : in_order) {
     pool->calls().lock();
     ++unlock.locked;
+  }
+  run_held(with_threads, work);
+}
+
+void Runtime::Impl::run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work) {
+  check_outside_call();
+  Pools& mine = pools();
+  thread_local std::vector<Call::Seat> seats;
+  thread_local std::vector<NodePool*> seated;
+  seats.clear();
+  seated.clear();
+  bool calm = !crowded;
+  for (int node : on) {
+    NodePool& held = pool(mine, node);
+    seats.push_back({.node = node, .workers = held.threads(), .first_rank = 0, .sync = &held.sync()});
+    seated.push_back(&held);
+    calm = calm && !held.crowded();
   }
 
   for (std::size_t i = 0; i < seated.size(); ++i) seated[i]->ensure_threads(i != 0);  // while the caller is not pinned
@@ -186,7 +220,7 @@ void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&,
   call.join();
 }
 
-void Runtime::Impl::touch(const Memory::Reserved& reserved) {
+void Runtime::Impl::touch(const Memory::Reserved& reserved, const Lease* lease) {
   const Buffer& buffer = reserved.buffer;
   const bool interleaved = buffer.target.mode == MemoryTarget::Mode::interleave;
   std::vector<int> touchers;
@@ -206,6 +240,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved) {
   std::vector<int> os_nodes;
   for (int node : buffer.target.nodes) os_nodes.push_back(nodes[static_cast<std::size_t>(node)].os_node);
 
+  const auto run_here = [&](FunctionRef<void(const Worker&, Barriers&)> work) { lease != nullptr ? run_held(touchers, work) : run(touchers, work); };
   std::byte* const begin = buffer.data;
   std::byte* const end = buffer.data + buffer.bytes;
   if (by_hand && interleaved) {
@@ -213,7 +248,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved) {
     const std::size_t unit = is_explicit(reserved.pages) ? page_kind_bytes(reserved.pages) : sys::page_bytes();
     const std::size_t first_unit = reserved.offset / unit;
     const std::size_t units = (reserved.offset + buffer.bytes + unit - 1) / unit - first_unit;
-    run(touchers, [&](const Worker& worker, Barriers&) {
+    run_here([&](const Worker& worker, Barriers&) {
       const auto stride = static_cast<std::size_t>(worker.node_count);
       for (std::size_t i = 0; i < units; ++i) {
         if ((first_unit + i) % stride != static_cast<std::size_t>(worker.node_rank)) continue;
@@ -227,7 +262,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved) {
   const std::size_t piece = std::max(kTouchChunk, page_kind_bytes(reserved.pages));
   std::atomic<std::size_t> next{0};
   const std::size_t pieces = (buffer.bytes + piece - 1) / piece;
-  run(touchers, [&](const Worker&, Barriers&) {
+  run_here([&](const Worker&, Barriers&) {
     std::optional<PolicyScope> policy;
     if (reserved.obtained == Obtained::set_mempolicy) policy.emplace(os_nodes, buffer.target.mode);
     for (std::size_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
@@ -251,15 +286,80 @@ int Runtime::threads_on(std::span<const int> nodes) const {
 
 void Runtime::run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work) { impl_->run(nodes, work); }
 
-Buffer Runtime::allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner) {
-  Memory::Reserved reserved = impl_->memory.reserve(bytes, target, owner);
+Buffer Runtime::Impl::allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner, const Lease* lease) {
+  Memory::Reserved reserved = memory.reserve(bytes, target, owner);
   try {
-    impl_->touch(reserved);
+    touch(reserved, lease);
   } catch (...) {
-    impl_->memory.release(reserved.buffer.data);
+    memory.release(reserved.buffer.data);
     throw;
   }
   return std::move(reserved.buffer);
+}
+
+Buffer Runtime::allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner) { return impl_->allocate(bytes, target, owner, nullptr); }
+
+struct Runtime::Lease::Held {
+  Held(std::vector<std::vector<NodePool*>> pools_, int near, bool confined) : pools(std::move(pools_)), lease(pools, near, confined) {}
+  const std::vector<std::vector<NodePool*>> pools;
+  GroupLease lease;
+};
+
+Runtime::Lease::Lease() = default;
+Runtime::Lease::~Lease() = default;
+Runtime::Lease::Lease(Lease&&) noexcept = default;
+const std::vector<int>& Runtime::Lease::groups() const { return held_->lease.groups(); }
+
+Runtime::Lease Runtime::lease(std::span<const std::vector<int>> groups) {
+  check_outside_call();
+  if (groups.empty()) throw std::invalid_argument("a lease of no group of nodes");
+  Impl::Pools& mine = impl_->pools();
+  std::vector<std::vector<NodePool*>> pools(groups.size());
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    for (int node : groups[g]) {
+      if (impl_->node(node).threads > 0) pools[g].push_back(&impl_->pool(mine, node));
+    }
+    if (pools[g].empty()) throw std::invalid_argument("a group of nodes without threads cannot be leased");
+  }
+  int near = -1;
+  bool confined = false;
+  if (impl_->options.bind && groups.size() > 1) {
+    sys::CpuMask mask;
+    const bool known = sys::get_affinity(mask) == 0;
+    const int at = sys::current_node();
+    for (std::size_t g = 0; g < groups.size() && !confined; ++g) {
+      sys::CpuMask here;
+      for (int node : groups[g]) {
+        here |= impl_->cpu_masks[static_cast<std::size_t>(node)];
+        if (impl_->nodes[static_cast<std::size_t>(node)].os_node == at && near < 0) near = static_cast<int>(g);
+      }
+      if (known && here.contains(mask)) {
+        near = static_cast<int>(g);
+        confined = true;
+      }
+    }
+  }
+  Lease lease;
+  lease.held_ = std::make_unique<Lease::Held>(std::move(pools), near, confined);
+  for (int group : lease.groups()) {
+    for (int node : groups[static_cast<std::size_t>(group)]) {
+      if (impl_->node(node).threads > 0) lease.nodes_.push_back(node);
+    }
+  }
+  std::sort(lease.nodes_.begin(), lease.nodes_.end());
+  return lease;
+}
+
+void Runtime::run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work) { impl_->run_held(lease.nodes(), work); }
+
+void Runtime::set_chunk_delay(int node, int microseconds) {
+  impl_->node(node);
+  impl_->chunk_delays[static_cast<std::size_t>(node)].store(microseconds, std::memory_order_relaxed);
+}
+
+void Runtime::delay_chunk(int node) const noexcept {
+  const int delay = impl_->chunk_delays[static_cast<std::size_t>(node)].load(std::memory_order_relaxed);
+  if (delay > 0) ::usleep(static_cast<useconds_t>(delay));
 }
 
 void Runtime::release(const Buffer& buffer) { impl_->memory.release(buffer.data); }
@@ -306,13 +406,13 @@ std::byte* Runtime::scratch(const Worker& worker, std::size_t bytes) {
 
 namespace {
 
-class Lease : public Runtime::SharedScratch {
+class LeasedScratch : public Runtime::SharedScratch {
  public:
-  Lease(std::byte* block, std::size_t size, bool& leased) : leased_(leased) {
+  LeasedScratch(std::byte* block, std::size_t size, bool& leased) : leased_(leased) {
     data = block;
     bytes = size;
   }
-  ~Lease() override {
+  ~LeasedScratch() override {
     const std::lock_guard lock(fork_safe_mutex());
     leased_ = false;
   }
@@ -323,7 +423,7 @@ class Lease : public Runtime::SharedScratch {
 
 }  // namespace
 
-std::shared_ptr<Runtime::SharedScratch> Runtime::shared_scratch(std::size_t bytes, int node) {
+std::shared_ptr<Runtime::SharedScratch> Runtime::shared_scratch(std::size_t bytes, int node, const Lease* lease) {
   using Block = Impl::SharedBlock;
   impl_->node(node);
   {
@@ -334,7 +434,7 @@ std::shared_ptr<Runtime::SharedScratch> Runtime::shared_scratch(std::size_t byte
     }
     if (best != nullptr) {
       best->leased = true;
-      return std::make_shared<Lease>(best->buffer.data, best->buffer.bytes, best->leased);
+      return std::make_shared<LeasedScratch>(best->buffer.data, best->buffer.bytes, best->leased);
     }
   }
   // A larger one takes the place of a smaller one that is free.
@@ -351,13 +451,13 @@ std::shared_ptr<Runtime::SharedScratch> Runtime::shared_scratch(std::size_t byte
   std::size_t size = std::size_t{64} << 10;
   while (size < bytes) size *= 2;
   auto block = std::make_unique<Block>();
-  block->buffer = allocate(size, {{node}, MemoryTarget::Mode::bind}, "shared scratch memory of node " + std::to_string(node));
+  block->buffer = impl_->allocate(size, {{node}, MemoryTarget::Mode::bind}, "shared scratch memory of node " + std::to_string(node), lease);
   block->node = node;
   block->leased = true;
   const std::lock_guard lock(fork_safe_mutex());
   impl_->shared_blocks.push_back(std::move(block));
   Block& added = *impl_->shared_blocks.back();
-  return std::make_shared<Lease>(added.buffer.data, added.buffer.bytes, added.leased);
+  return std::make_shared<LeasedScratch>(added.buffer.data, added.buffer.bytes, added.leased);
 }
 
 }  // namespace numagraft

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <span>
@@ -10,6 +11,7 @@
 #include "memory/memory.h"
 #include "system/page_query.h"
 #include "threads/function_ref.h"
+#include "threads/wait_word.h"
 
 namespace numagraft {
 
@@ -47,6 +49,7 @@ class Barriers {
   virtual ~Barriers() = default;
   virtual void all(const Worker&) = 0;   // every worker of the call
   virtual void node(const Worker&) = 0;  // every worker of this worker's node
+  virtual SpinTime spin() const = 0;     // how long whoever waits polls before it sleeps
 };
 
 // Nodes, their memory and their pinned threads; no singleton, every packed weight holds a shared_ptr to its runtime.
@@ -69,6 +72,13 @@ class Runtime {
   // rethrown here (the others' barriers are released). Must be called without the GIL.
   void run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work);
 
+  // For work that any of several groups of nodes can do by itself, such as a call on a mirrored weight: one group at least,
+  // every one where no other caller is there (group_lease.h says who gets which), held until the lease goes. A caller that
+  // is confined to the CPUs of one group gets that one. Not from inside `run`; no call but on the lease meanwhile.
+  class Lease;
+  Lease lease(std::span<const std::vector<int>> groups);
+  void run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work);
+
   // Zeroed pages as asked, touched by threads of their nodes; throws PlacementFailure before anything is changed (it looks
   // at free memory first: MPOL_BIND on a full node ends in the OOM killer), or with everything given back. `owner` names the
   // module in messages and reports. Not from inside `run`.
@@ -87,11 +97,33 @@ class Runtime {
   // Scratch shared by all workers of a call; call before `run`; lies on `node`. Yours until the lease goes, which must not
   // outlive the runtime.
   class SharedScratch;
-  std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node);
+  std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node, const Lease* lease = nullptr);
+
+  // Test seams. Without stealing every node computes its own share only; a delay makes a node late at every chunk.
+  void set_stealing(bool on) noexcept { stealing_.store(on, std::memory_order_relaxed); }
+  bool stealing() const noexcept { return stealing_.load(std::memory_order_relaxed); }
+  void set_chunk_delay(int node, int microseconds);
+  void delay_chunk(int node) const noexcept;
 
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;
+  std::atomic<bool> stealing_{true};
+};
+
+class Runtime::Lease {
+ public:
+  ~Lease();
+  Lease(Lease&&) noexcept;
+  const std::vector<int>& groups() const;                // indices into the groups asked for, sorted
+  const std::vector<int>& nodes() const { return nodes_; }  // of all of them, sorted
+
+ private:
+  friend class Runtime;
+  Lease();
+  struct Held;
+  std::unique_ptr<Held> held_;
+  std::vector<int> nodes_;
 };
 
 class Runtime::SharedScratch {

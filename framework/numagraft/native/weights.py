@@ -7,7 +7,7 @@ the GIL. Loading is for one thread at a time; `forward` may be called from many 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from numagraft import _native
@@ -103,17 +103,48 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class NodeStats:
+    """What the workers of one runtime node did: the calls it took part in, weight bytes read, and of those the remote ones.
+
+    Mirrored weights divide a prefill into chunks: `stolen_chunks` come from the share of another node, `off_node_chunks`
+    began while the kernel named another node than the worker's as the one it ran on.
+    """
+
+    calls: int = 0
+    bytes_read: int = 0
+    remote_bytes: int = 0
+    chunks: int = 0
+    stolen_chunks: int = 0
+    off_node_chunks: int = 0
+
+    @classmethod
+    def of(cls, stats: _native.NodeStats) -> NodeStats:
+        return cls(*(getattr(stats, field.name) for field in fields(cls)))
+
+    def __add__(self, other: NodeStats) -> NodeStats:
+        return NodeStats(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __sub__(self, other: NodeStats) -> NodeStats:
+        return NodeStats(*(getattr(self, field.name) - getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
 class OperatorStats:
-    """Counts since the weights were made; `remote_bytes` were read from verified pages of another node than the reader."""
+    """Counts since the weights were made; `remote_bytes` were read from verified pages of another node than the reader.
+
+    `nodes`: the same by runtime node, and who computed what.
+    """
 
     calls: int
     seconds: float
     bytes_read: int
     remote_bytes: int
+    nodes: tuple[NodeStats, ...] = ()
 
     @classmethod
     def of(cls, stats: _native.OperatorStats) -> OperatorStats:
-        return cls(stats.calls, stats.seconds, stats.bytes_read, stats.remote_bytes)
+        nodes = tuple(map(NodeStats.of, stats.nodes))
+        return cls(stats.calls, stats.seconds, stats.bytes_read, stats.remote_bytes, nodes)
 
 
 def _native_parts(parts: Sequence[Part]) -> list[_native.Part]:
