@@ -34,6 +34,7 @@ hostname lab
 ifconfig lo 127.0.0.1 up
 
 echo "$BALANCING" > /proc/sys/kernel/numa_balancing
+echo 0 > /proc/sys/vm/watermark_boost_factor  # else how full a node may get changes for seconds after each huge page
 echo madvise > /sys/kernel/mm/transparent_hugepage/enabled
 for cpu in $OFFLINE; do echo 0 > "/sys/devices/system/cpu/cpu$cpu/online"; done
 for node in $HUGE_NODES; do

@@ -36,7 +36,11 @@ class GuestError(Exception):
 
 
 class GuestTimeout(GuestError):
-    pass
+    """The command was still running when its time was up."""
+
+
+class GuestNotUp(GuestError):
+    """The command was never started."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ def run(
     """Runs `command` in `directory` (default: here) of a guest that sees the host's files; what it writes is lost.
 
     `output(stream, chunk)` gets what it prints ("stdout", "stderr"); the default passes it on. Raises Unavailable,
-    GuestTimeout, GuestError.
+    GuestNotUp, GuestTimeout, GuestError.
     """
     cache.require()
     output = output or (lambda stream, chunk: _write_all(1 if stream == "stdout" else 2, chunk))
@@ -85,7 +89,7 @@ def run(
         arguments = command_line(topology, kernel=cache.kernel, initrd=initrd, accelerator=accelerator)
         khz = counter_khz() if accelerator == "tcg" else None
         clock = f" tsc_early_khz={khz}" if khz else ""
-        arguments[arguments.index("-append") + 1] += f"{clock} {kernel_arguments}"
+        arguments[arguments.index("-append") + 1] += f"{clock} {topology.kernel_arguments} {kernel_arguments}"
         return _supervise(arguments, timeout=timeout, output=output)
 
 
@@ -163,9 +167,12 @@ def _supervise(arguments: list[str], *, timeout: float, output: Callable[[str, b
             thread.start()
         while process.poll() is None:
             seconds = time.monotonic() - begin
-            if seconds > timeout or (not up and seconds > BOOT_SECONDS):
-                what = "the command was still running" if up else "the guest had not come up"
-                raise GuestTimeout(f"{what} after {seconds:.0f} s\n{_tail(collected['console'])}")
+            if not up and seconds > min(timeout, BOOT_SECONDS):
+                raise GuestNotUp(f"the guest had not come up after {seconds:.0f} s\n{_tail(collected['console'])}")
+            if seconds > timeout:
+                raise GuestTimeout(
+                    f"the command was still running after {seconds:.0f} s, its time limit\n{_tail(collected['console'])}"
+                )
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
@@ -173,7 +180,9 @@ def _supervise(arguments: list[str], *, timeout: float, output: Callable[[str, b
         for thread in pumps:
             thread.join(5)
     code = re.search(rb"^exit (\d+)", collected["status"], re.MULTILINE)
-    if code is None or not up:
+    if not up:
+        raise GuestNotUp(f"the emulator ended before the guest had come up\n{_tail(collected['console'])}")
+    if code is None:
         raise GuestError(f"the guest ended without running the command to its end\n{_tail(collected['console'])}")
     return Outcome(
         exit_code=int(code.group(1)),

@@ -109,21 +109,67 @@ def test_ci_says_what_it_skipped_or_where_it_failed(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err.splitlines()[-1].startswith("lab: skipped: no apt-get")
     ran = []
     monkeypatch.setattr(cli, "setup", lambda cache: "ready")
-    monkeypatch.setattr(cli, "_run", lambda topology, options: ran.append(topology.name) or (ran[-1] == "4-nodes"))
+    monkeypatch.setattr(cli, "_run", lambda topology, options: ran.append(topology.name) or int(ran[-1] == "4-nodes"))
+    monkeypatch.setattr(cli, "SPARE_MIB", 0)
     assert cli.main(["--cache", str(tmp_path), "ci"]) == 1
-    assert ran == ["2-nodes", "4-nodes"]
-    assert capsys.readouterr().err.splitlines()[-1] == "lab: failed on 4-nodes"
+    assert ran == ["2-nodes", "4-nodes", "memory-only-node"]
+    assert capsys.readouterr().err.splitlines()[-1] == "lab: failed on 4-nodes (exit code 1)"
+    monkeypatch.setattr(cli, "SPARE_MIB", 1 << 40)
+    assert cli.main(["--cache", str(tmp_path), "ci"]) == 0
+    assert "skipped: 2-nodes needs" in capsys.readouterr().err.splitlines()[-1]
+    assert ran == ["2-nodes", "4-nodes", "memory-only-node"]
 
 
-def test_an_emulator_that_dies_or_hangs_is_an_error_with_its_console(tmp_path):
-    def emulator(script: str) -> list[str]:
-        console = "open(sys.argv[sys.argv.index('-serial') - 1].rsplit('path=')[1], 'w').write('last words'); "
-        return [sys.executable, "-c", f"import sys, time; {console}{script}"]
+def emulator(script: str) -> list[str]:
+    """A program that stands in for QEMU: writes to its console, then runs `script`, in which `say(port, text)` writes."""
+    begin = """
+def say(port, text):
+    name = next(a for a in sys.argv if a.startswith("file,id=" + port + ","))
+    with open(name.rsplit("path=")[1], "wb", buffering=0) as stream:
+        stream.write(text.encode())
+say("console", "last words")
+"""
+    return [sys.executable, "-c", f"import sys, time\n{begin}\n{script}"]
 
-    with pytest.raises(machine.GuestError, match="last words"):
+
+def test_an_emulator_that_dies_or_hangs_is_an_error_with_its_console():
+    with pytest.raises(machine.GuestNotUp, match=r"(?s)ended before.*last words"):
         machine._supervise(emulator("sys.exit(0)"), timeout=30, output=lambda *_: None)
-    with pytest.raises(machine.GuestTimeout, match=r"(?s)not come up after.*last words"):
+    with pytest.raises(machine.GuestNotUp, match=r"(?s)not come up after.*last words"):
         machine._supervise(emulator("time.sleep(60)"), timeout=1.5, output=lambda *_: None)
+    with pytest.raises(machine.GuestTimeout, match=r"(?s)still running after 2 s, its time limit.*last words"):
+        machine._supervise(emulator("say('status', 'up'); time.sleep(60)"), timeout=2, output=lambda *_: None)
+    with pytest.raises(machine.GuestError, match=r"(?s)without running the command to its end.*last words"):
+        machine._supervise(emulator("say('status', 'up')"), timeout=30, output=lambda *_: None)
+    outcome = machine._supervise(emulator("say('status', 'up\\nexit 3\\n')"), timeout=30, output=lambda *_: None)
+    assert outcome.exit_code == 3
+
+
+@pytest.mark.parametrize(("failures", "code"), [(1, 0), (2, cli.BROKEN)])
+def test_a_guest_that_does_not_come_up_is_booted_once_more(failures, code, capsys, monkeypatch):
+    boots = []
+
+    def boot(*_, **__) -> machine.Outcome:
+        boots.append(1)
+        if len(boots) <= failures:
+            raise machine.GuestNotUp("the guest had not come up after 120 s")
+        return machine.Outcome(exit_code=0, start_seconds=1, seconds=2)
+
+    monkeypatch.setattr(machine, "run", boot)
+    assert cli.main(["run", "--nodes", "2", "--", "true"]) == code
+    assert len(boots) == 2 and "once more" in capsys.readouterr().err
+
+
+def test_a_hung_command_is_not_run_again(capsys, monkeypatch):
+    boots = []
+
+    def boot(*_, **__) -> machine.Outcome:
+        boots.append(1)
+        raise machine.GuestTimeout("the command was still running after 360 s, its time limit")
+
+    monkeypatch.setattr(machine, "run", boot)
+    assert cli.main(["run", "--nodes", "2", "--", "true"]) == cli.TIMEOUT
+    assert len(boots) == 1 and "its time limit" in capsys.readouterr().err
 
 
 def test_modules_come_after_what_they_need(tmp_path):

@@ -22,7 +22,8 @@ class Topology:
 
     `sockets` must divide the nodes that have CPUs (or a hole) into equal runs of CPUs. `distances` is the whole matrix,
     holes left out; empty means LOCAL, NEAR and, to and from nodes without CPUs, FAR. `offline` CPUs are switched off
-    before the command starts, `huge_2m` pages of 2 MiB are reserved on each node that has memory.
+    before the command starts. On each node that has memory, `huge_2m` pages of 2 MiB are reserved then, and `huge_1g` of
+    1 GiB when the kernel starts: later no such stretch is free.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Topology:
     distances: tuple[tuple[int, ...], ...] = ()
     offline: tuple[int, ...] = ()
     huge_2m: int = 0
+    huge_1g: int = 0
     numa_balancing: bool = False
 
     @property
@@ -52,6 +54,12 @@ class Topology:
     def all_cpus(self) -> tuple[int, ...]:
         """CPU numbers, the offline ones included."""
         return tuple(range(sum(self.nodes[i].cpus for i in self.online)))
+
+    @property
+    def kernel_arguments(self) -> str:
+        if not self.huge_1g:
+            return ""
+        return "hugepagesz=1G hugepages=" + ",".join(f"{node}:{self.huge_1g}" for node in self.with_memory)
 
     def cpus_of(self, node: int) -> tuple[int, ...]:
         """The online CPUs of a node."""
@@ -116,6 +124,14 @@ TOPOLOGIES = {
         Topology("smt", "two hardware threads a core", _even(2, cpus=4), sockets=2, threads_per_core=2),
         Topology("offline-cpus", "CPUs 1 and 6 are off", _even(2, cpus=4), sockets=2, offline=(1, 6)),
         Topology("balancing", "automatic NUMA balancing on", _even(2), sockets=2, numa_balancing=True),
+        Topology(
+            "large-nodes",
+            "room for torch and a model, and huge pages of 1 GiB",
+            _even(2, mib=3072),
+            sockets=2,
+            huge_2m=64,
+            huge_1g=1,
+        ),
     )
 }
 

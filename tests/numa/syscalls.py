@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,27 @@ def touch(address: int, size: int) -> None:
 
 @contextmanager
 def filled(node: int, *, leave: int) -> Iterator[None]:
-    """A node with about `leave` bytes free: the rest is reserved as huge pages, which the kernel need not clear."""
+    """A node that can give at most about `leave` bytes more, however hard the kernel tries: the rest is reserved as huge
+    pages, which it need not clear, and what is too scattered for those is touched."""
     file = NODES / f"node{node}/hugepages/hugepages-2048kB/nr_hugepages"
     before = int(file.read_text())
-    file.write_text(str(before + max(0, node_free(node) - leave) // (2 * MIB)))
-    try:
+    with ExitStack() as undo:
+        undo.callback(file.write_text, str(before))
+        for _ in range(4):
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+            free, reclaimable = node_room(node)
+            if free + reclaimable < leave + 4 * MIB:
+                break
+            file.write_text(str(int(file.read_text()) + (free + reclaimable - leave) // (2 * MIB)))
+        free, reclaimable = node_room(node)
+        scattered = min(free, free + reclaimable - leave) // PAGE * PAGE
+        if scattered >= 4 * MIB:
+            address = undo.enter_context(anonymous(scattered))
+            mbind(address, scattered, BIND, [node])
+            touch(address, scattered)
+        room = sum(node_room(node))
+        assert room < leave + 8 * MIB, f"node {node} was to be left {leave >> 20} MiB and has {room >> 20}"
         yield
-    finally:
-        file.write_text(str(before))
 
 
 @contextmanager
@@ -138,6 +151,22 @@ def node_free(node: int) -> int:
     found = re.search(r"MemFree:\s+(\d+) kB", (NODES / f"node{node}/meminfo").read_text())
     assert found
     return int(found.group(1)) << 10
+
+
+def node_room(node: int) -> tuple[int, int]:
+    """Bytes of a node that are free above what its zones keep for the kernel ("low" and the largest "protection"), and
+    bytes that might be reclaimed (file pages, mapped ones too, and slabs): an upper bound."""
+    free = reclaimable = 0
+    for zone in Path("/proc/zoneinfo").read_text().split("Node ")[1:]:
+        if not zone.startswith(f"{node},"):
+            continue
+        numbers = {name: int(value) for name, value in re.findall(r"^ +([a-z_ ]+?) +(\d+)$", zone, re.MULTILINE)}
+        reclaimable += sum(numbers.get(f"nr_{kind}", 0) for kind in ("active_file", "inactive_file", "slab_reclaimable"))
+        kept = re.search(r"protection: \(([\d, ]+)\)", zone)
+        if kept:
+            reserve = numbers["low"] + max(map(int, kept.group(1).split(",")))
+            free += max(0, numbers["pages free"] - reserve)
+    return free * PAGE, reclaimable * PAGE
 
 
 def thread_cpus() -> dict[int, frozenset[int]]:

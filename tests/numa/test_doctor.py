@@ -106,6 +106,6 @@ def test_cpus_and_memory_of_different_nodes(lab, full_nodes):
 def test_a_node_that_is_nearly_full(lab, full_nodes):
     node = full_nodes[-1]
 
-    with syscalls.filled(node, leave=48 * MIB):
+    with syscalls.filled(node, leave=8 * MIB):
         severity, text = findings()["free-memory"]
     assert severity == "advice" and f"node {node} has" in text
