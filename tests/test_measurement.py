@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from numagraft import native
 from numagraft.cli import doctor_command
-from numagraft.doctor import Circumstances, Measurement, diagnose, measure
+from numagraft.doctor import Circumstances, Measurement, diagnose, measure, measurement
 from numagraft.doctor.measurement import fingerprint, saved_at
 from numagraft.errors import ConfigurationError
 from numagraft.native import limits
@@ -105,6 +105,32 @@ def test_a_file_of_something_else_is_no_measurement(text):
 def test_a_dump_cannot_be_measured():
     with pytest.raises(ConfigurationError, match="is a dump"):
         measure(Platform.from_dump(DUMP))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("slow", [1, 10, 100, 1000])
+def test_the_buffer_and_the_passes_are_what_the_time_allows(columns, slow):
+    """From a server (0.5 ns to fill a byte, 10 GB/s) to a machine that is emulated."""
+    speed = measurement._Speed(prepare=5e-10 * slow, read=1e-10 * slow, chase=0.02, variants=12)
+    size = speed.affordable(1 << 30, columns=columns, rows=columns)
+    passes = speed.passes(size, columns=columns, rows=columns)
+    seconds = columns * (speed.prepare * size + columns * passes * (speed.read * size + speed.chase))
+    seconds += speed.variants * speed.read * min(size, measurement._LEAST_BYTES)
+    least = size == measurement._TRIAL_BYTES and passes == 1
+    assert seconds < 16 or least
+    assert passes % 2 == 1
+    if columns == 2 and slow == 1:
+        assert (size, passes) == (1 << 30, 5)
+
+
+def test_a_slow_machine_is_measured_in_time(monkeypatch):
+    """The control is the same machine with time enough: there the buffer is not cut."""
+    here = Platform.detect()
+    monkeypatch.setattr(measurement, "_MOST_BYTES", 64 * MIB)
+    monkeypatch.setattr(measurement, "_LEAST_BYTES", 64 * MIB)
+    assert measure(here).buffer_bytes == 64 * MIB
+    hurried = measure(here, budget_seconds=0.05)
+    assert hurried.buffer_bytes < 64 * MIB and hurried.passes == 1
 
 
 def test_nodes_of_unequal_speed_are_told():

@@ -148,6 +148,20 @@ def test_the_cpu_quota_limits_threads():
     assert [node.threads for node in enough.nodes] == [2, 2]
 
 
+@pytest.mark.parametrize("quota", [1.5, 0.2])
+def test_a_quota_below_the_number_of_nodes_leaves_nodes_without_threads(quota):
+    layout = RuntimeLayout.from_platform(platform(cgroup=Cgroup(1, cpu_quota=quota)))
+    assert [(node.threads, node.cpus) for node in layout.nodes] == [(1, (0, 1)), (0, ())]
+    assert layout.compute_nodes == (0,)
+    assert "no thread for nodes 2" in layout.notes[-1]
+
+
+def test_threads_beyond_the_quota_are_run_when_asked_for_and_told():
+    layout = RuntimeLayout.from_platform(platform(cgroup=Cgroup(2, cpu_quota=3.5)), RuntimeSettings(threads_per_node=2))
+    assert [node.threads for node in layout.nodes] == [2, 2]
+    assert "pays for 3.5 CPUs: the 4 threads asked for" in layout.notes[-1]
+
+
 def test_free_memory_is_cut_to_the_control_group():
     layout = RuntimeLayout.from_platform(platform(cgroup=Cgroup(2, memory_limit=3 * GIB, memory_used=GIB)))
     assert [node.free_bytes for node in layout.nodes] == [2 * GIB, 2 * GIB]

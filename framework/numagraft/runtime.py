@@ -30,8 +30,8 @@ class RuntimeNode:
     """One node of a runtime: its kernel id (None when virtual), the CPUs to pin to, and how many threads run on them.
 
     `cpus` has one CPU of each physical core first, then their SMT siblings; threads are pinned to the first `threads`.
-    A memory-only node has no CPUs and no threads. `free_bytes` is what an allocation can get: free pages and page cache
-    that can be dropped, within the control group's limit.
+    A memory-only node, or one for which a CPU quota leaves no thread, has no CPUs and no threads. `free_bytes` is what an
+    allocation can get: free pages and page cache that can be dropped, within the control group's limit.
     """
 
     os_node: int | None
@@ -87,7 +87,7 @@ class RuntimeLayout:
             nodes=tuple(
                 RuntimeNode(
                     os_node=node.id,
-                    cpus=_pin_order(platform, cores[node.id], threads[node.id]),
+                    cpus=_pin_order(platform, cores[node.id], threads[node.id]) if threads[node.id] else (),
                     threads=threads[node.id],
                     socket=node.socket or 0,
                     free_bytes=available.get(node.id, 0),
@@ -217,17 +217,27 @@ def _thread_counts(
         ]
         if problems:
             raise ConfigurationError("more threads than CPUs", problems)
-        return {node: asked if own else 0 for node, own in cores.items()}
+        counts = {node: asked if own else 0 for node, own in cores.items()}
+        quota = platform.cgroup.cpu_quota
+        if quota is not None and quota < sum(counts.values()):
+            notes.append(
+                f"the control group pays for {quota:g} CPUs: the {sum(counts.values())} threads asked for will be stopped "
+                "together for part of every period"
+            )
+        return counts
     counts = {node: len(own) for node, own in cores.items()}
     quota = platform.cgroup.cpu_quota
     total = sum(counts.values())
     if quota is not None and quota < total:
         # More running threads than the quota pays for are stopped together for the rest of every period.
-        room = max(int(quota), sum(count > 0 for count in counts.values()))
+        room = max(int(quota), 1)
         while sum(counts.values()) > room:
             largest = max(counts, key=lambda node: (counts[node], node))
             counts[largest] -= 1
         notes.append(f"the control group pays for {quota:g} CPUs: {sum(counts.values())} threads instead of {total}")
+        idle = [node for node, own in cores.items() if own and not counts[node]]
+        if idle:
+            notes.append(f"that leaves no thread for nodes {format_list(idle)}: their memory is used only where listed")
     return counts
 
 

@@ -144,8 +144,7 @@ void Arena::place() {
                              "widen the cpuset (docker --cpuset-mems, systemd AllowedMemoryNodes, the batch system's binding), or leave node " + std::to_string(node) + " out");
     }
   }
-  const int mode = target_.mode == MemoryTarget::Mode::bind ? sys::kPolicyBind : sys::kPolicyInterleave;
-  refused_ = sys::mbind(data_, bytes_, mode, sys::NodeMask(os_nodes_));
+  refused_ = sys::mbind(data_, bytes_, policy(), sys::NodeMask(os_nodes_));
   if (refused_ == 0) {
     obtained_ = Obtained::mbind;
   } else if (refused_ == EINVAL) {
@@ -171,10 +170,23 @@ std::optional<std::size_t> Arena::take(std::size_t bytes, const std::string& own
     if (room > bytes) free_[offset + bytes] = room - bytes;
     placed_[offset] = {bytes, owner, std::make_shared<Residency>()};
     used_ += bytes;
+    restore_policy(offset, bytes);
     return offset;
   }
   return std::nullopt;
 }
+
+// A policy belongs to addresses, not to who held them: what a debugger, migratepages or a cpuset that changed left on this
+// stretch would decide where its next owner's pages go. Where the policy is as it was the kernel changes nothing, and a
+// refusal does no harm: pages that then come to lie elsewhere are found when they are verified.
+void Arena::restore_policy(std::size_t offset, std::size_t bytes) {
+  if (obtained_ != Obtained::mbind) return;
+  const std::size_t unit = is_explicit(pages_) ? page_kind_bytes(pages_) : sys::page_bytes();
+  const std::size_t first = offset / unit * unit;
+  (void)!sys::mbind(data_ + first, round_up(offset + bytes, unit) - first, policy(), sys::NodeMask(os_nodes_));
+}
+
+int Arena::policy() const { return target_.mode == MemoryTarget::Mode::bind ? sys::kPolicyBind : sys::kPolicyInterleave; }
 
 std::size_t Arena::untouched_bytes(std::size_t offset) const {
   const auto piece = placed_.find(offset);

@@ -63,7 +63,9 @@ class Arena {
  private:
   void map(std::size_t bytes, std::size_t preferred_bytes);
   void place();
+  void restore_policy(std::size_t offset, std::size_t bytes);
   void forget(std::size_t offset, std::size_t bytes);
+  int policy() const;
 
   const MemoryTarget target_;
   const std::vector<int> os_nodes_;

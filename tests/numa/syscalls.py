@@ -82,6 +82,23 @@ def pages_by_node(address: int, size: int) -> dict[int, int]:
     return dict(sorted(Counter(page_nodes(address, size)).items()))
 
 
+def page_sizes(address: int, size: int) -> dict[int, int]:
+    """Page size -> bytes of the mappings that hold [address, address + size), from smaps: explicit huge pages have a mapping's
+    KernelPageSize, transparent ones are AnonHugePages."""
+    found: dict[int, int] = {}
+    for text in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        begin, end = (int(word, 16) for word in text.split(maxsplit=1)[0].split("-"))
+        if end <= address or begin >= address + size:
+            continue
+        fields = {name: int(value) << 10 for name, value in re.findall(r"^(\w+): +(\d+) kB", text, re.MULTILINE)}
+        explicit = fields["Private_Hugetlb"] + fields["Shared_Hugetlb"]
+        counts = ((fields["KernelPageSize"], explicit), (2 * MIB, fields["AnonHugePages"]))
+        for page, amount in (*counts, (PAGE, fields["Rss"] - fields["AnonHugePages"])):
+            if amount:
+                found[page] = found.get(page, 0) + amount
+    return found
+
+
 def getcpu() -> tuple[int, int]:
     """(cpu, node) this thread runs on."""
     cpu, node = ctypes.c_uint(), ctypes.c_uint()

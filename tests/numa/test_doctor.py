@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -109,3 +113,25 @@ def test_a_node_that_is_nearly_full(lab, full_nodes):
     with syscalls.filled(node, leave=8 * MIB):
         severity, text = findings()["free-memory"]
     assert severity == "advice" and f"node {node} has" in text
+
+
+@pytest.mark.slow
+def test_measuring_ends_in_time(lab, tmp_path):
+    """The command itself, start-up and all, on a machine tens of times slower than any that it is made for."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", "from numagraft.cli.main import run; run()", "doctor", "--measure", "--json"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.monotonic() - begin
+    assert done.returncode in (0, 1), done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])["measurement"]
+    nodes = [node for node in lab.with_memory if node in lab.with_cpus]
+    assert measured["compute_nodes"] == nodes
+    assert len(measured["read_gb_per_s"]) == len(nodes)
+    assert all(len(row) == len(lab.with_memory) and min(row) > 0 for row in measured["latency_ns"])
+    assert len(list(tmp_path.rglob("*.json"))) == 1, "it is kept"
+    assert measured["seconds"] < seconds < 20

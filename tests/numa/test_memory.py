@@ -56,6 +56,26 @@ def test_interleaved_memory_is_even(runtime, count):
         runtime.release(buffer)
 
 
+@pytest.mark.parametrize(("pages", "page"), [("4k", PAGE), ("thp", 2 * MIB)])
+def test_a_large_interleaved_arena_is_even(full_nodes, pages, page):
+    """48 MiB in odd pieces that fill their arena without gaps: a node more or less is 0.01 % of the small pages."""
+    runtime = native.Runtime(layout_of(pages=pages))
+    indices = tuple(range(len(runtime.layout.nodes)))
+    sizes = (1537, 2048, 4099, 3, 4601)
+    assert sum(sizes) == 48 * MIB // PAGE
+    buffers = [runtime.allocate(n * PAGE, nodes=indices, interleaved=True, owner="spread") for n in sizes]
+    (arena,) = (arena for arena in runtime.memory_report() if arena.interleaved)
+    first = min(buffer.address for buffer in buffers)
+    assert (arena.used_bytes, arena.address) == (48 * MIB, first)
+    found = pages_by_node(first, 48 * MIB)
+    assert set(found) == {runtime.layout.nodes[i].os_node for i in indices}
+    assert max(found.values()) - min(found.values()) <= page // PAGE, "one page per arena"
+    if page == PAGE:
+        assert max(found.values()) - min(found.values()) <= 0.01 * sum(found.values())
+    # A THP that was not to be had is several small pages, which is no fault of the spread.
+    assert syscalls.page_sizes(first, 48 * MIB).get(page, 0) >= 40 * MIB
+
+
 def test_transparent_huge_pages_land_too(usable_nodes):
     runtime = native.Runtime(layout_of(pages="thp"))
     for index, node in enumerate(runtime.layout.nodes):
@@ -127,6 +147,38 @@ def test_a_runtime_that_goes_takes_its_memory_along(usable_nodes):
         return before - syscalls.node_free(usable_nodes[-1])
 
     assert in_child(leftover) < 32 * MIB
+
+
+@pytest.mark.parametrize("pages", ["4k", "thp"])
+def test_a_policy_that_others_left_does_not_place_the_next_owner(full_nodes, pages):
+    runtime = native.Runtime(layout_of(pages=pages))
+    right, wrong = full_nodes[0], full_nodes[-1]
+    keeper = runtime.allocate(2 * MIB, nodes=(0,), owner="keeps the arena")
+    buffer = runtime.allocate(2 * MIB, nodes=(0,), owner="before")
+    address = buffer.address
+    mbind(address, buffer.bytes, BIND, [wrong], 2)
+    assert pages_by_node(address, buffer.bytes) == {wrong: 2 * MIB // PAGE}
+    runtime.release(buffer)
+    # the control: touched without more ado, the stretch follows what was left there
+    touch(address, PAGE)
+    assert pages_by_node(address, PAGE) == {wrong: 1}
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(2 * MIB), 4)  # MADV_DONTNEED
+    again = runtime.allocate(2 * MIB, nodes=(0,), owner="after")
+    assert again.address == address, "it is the same stretch"
+    assert pages_by_node(address, again.bytes) == {right: 2 * MIB // PAGE}
+    for held in (again, keeper):
+        runtime.release(held)
+
+
+@pytest.mark.slow
+def test_ten_thousand_tensors_take_fewer_than_200_mappings(runtime):
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    nodes = len(runtime.layout.nodes)
+    everywhere = tuple(range(nodes))
+    for i in range(10_000):
+        spread = i % 7 == 0 and nodes > 1
+        runtime.allocate((1 + i % 3) * PAGE, nodes=everywhere if spread else (i % nodes,), interleaved=spread, owner=f"{i}")
+    assert len(Path("/proc/self/maps").read_text().splitlines()) - before < 200
 
 
 def test_many_buffers_take_few_mappings(runtime):

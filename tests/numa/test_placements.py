@@ -157,6 +157,8 @@ def test_bind_lies_on_its_node_and_is_computed_there(runtime, kind, format):
     assert set(total(found_pages(weights))) == {node}
     verify(runtime, weights)
     assert read(weights, 5)[1] == 0
+    last = runtime.layout.nodes[-1]  # the caller takes the first slot of the call's first node itself
+    assert busy_nodes(runtime, weights) == ({len(runtime.layout.nodes) - 1} if last.threads > 1 else set())
     check_output(runtime, kind, format, weights)
     assert report(runtime, weights, placement).require().ok
 

@@ -7,7 +7,9 @@ import os
 
 import pytest
 
+from numagraft import native
 from numagraft.platform import Platform
+from numagraft.runtime import RuntimeLayout
 
 from . import syscalls
 from .control_groups import control_group, join
@@ -107,6 +109,23 @@ def test_a_memory_limit_is_found(lab):
     assert seen.cgroup.version == 2
     assert seen.cgroup.memory_limit == 64 * MIB
     assert all(amount <= 64 * MIB for amount in seen.available_bytes().values())
+
+
+def test_a_cpu_quota_is_found_and_kept_to(lab):
+    cores = sum(len({lab.siblings_of(cpu) for cpu in lab.cpus_of(node)}) for node in lab.with_cpus if node in lab.with_memory)
+
+    def inside() -> tuple[float | None, int]:
+        join(group)
+        platform = Platform.detect()
+        layout = RuntimeLayout.from_platform(platform)
+        runtime = native.Runtime(layout)
+        places = runtime.observe_workers()
+        assert len(places) == sum(node.threads for node in layout.nodes)
+        return platform.cgroup.cpu_quota, len(places)
+
+    for quota in (1, cores + 1):
+        with control_group("paid", cpu_max=f"{quota * 100000} 100000") as group:
+            assert in_child(inside) == (quota, min(quota, cores))
 
 
 @pytest.mark.parametrize(("mode", "name"), [(INTERLEAVE, "interleave"), (BIND, "bind")])

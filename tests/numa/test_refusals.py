@@ -152,6 +152,26 @@ def test_a_full_node_is_refused_before_the_kernel_kills(lab, usable_nodes):
     assert "shard" in message
 
 
+def test_a_copy_on_several_nodes_may_take_the_room_of_all_and_no_more(lab, full_nodes):
+    """The first node is nearly full: the rest goes to the next, and more than both have is refused."""
+    first, last = full_nodes[0], full_nodes[-1]
+
+    def attempt() -> tuple[dict[int, int], str]:
+        layout = layout_of()
+        runtime = native.Runtime(layout)
+        both = (0, len(layout.nodes) - 1)
+        with syscalls.filled(first, leave=64 * MIB):
+            room = sum(sum(syscalls.node_room(node)) for node in (first, last))
+            with pytest.raises(PlacementError) as refusal:
+                runtime.allocate(room + 64 * MIB, nodes=both, owner="too large")
+            buffer = runtime.allocate(160 * MIB, nodes=both, owner="layers.0")
+            return pages_by_node(buffer.address, buffer.bytes), str(refusal.value)
+
+    found, message = in_child(attempt)
+    assert set(found) <= {first, last} and found[last] > 60 * MIB // PAGE
+    assert f"nodes {first},{last}" in message
+
+
 def test_the_control_that_a_full_node_does_kill(lab, full_nodes):
     """Without the check, the process would be gone: this is why it is made."""
     if lab.name != "2-nodes":
@@ -270,6 +290,7 @@ def test_huge_pages_are_taken_from_their_node_or_refused_with_the_line_to_run(la
             before = free(node)
             buffer = runtime.allocate(8 * MIB, nodes=(index,), owner="huge")
             assert pages_by_node(buffer.address, buffer.bytes) == {node: 8 * MIB // PAGE}
+            assert syscalls.page_sizes(buffer.address, buffer.bytes) == {2 * MIB: 8 * MIB}
             assert native.query_page_sizes(buffer.address, buffer.bytes) == {2 * MIB: 8 * MIB}
             assert before - free(node) == 4
         with pytest.raises(PlacementError) as refusal:
@@ -297,7 +318,34 @@ def test_huge_pages_are_taken_from_their_node_or_refused_with_the_line_to_run(la
             (files[node] / "nr_hugepages").write_text(reserved)
 
 
-def test_one_gibibyte_pages_that_nobody_reserved_are_refused(usable_nodes):
+def test_pages_of_one_gibibyte_are_got_where_they_are_reserved(lab, full_nodes):
+    if not lab.huge_1g:
+        pytest.skip("this topology has no pages of 1 GiB reserved")
+
+    def attempt() -> tuple[list, str, list]:
+        runtime = native.Runtime(layout_of(pages="1g"))
+        found = []
+        for index, node in enumerate(full_nodes):
+            pieces = [runtime.allocate(size, nodes=(index,), owner="giant") for size in (20 * MIB, 4 * MIB + PAGE)]
+            for buffer in pieces:
+                assert pages_by_node(buffer.address, buffer.bytes) == {node: buffer.bytes // PAGE}
+                (count,) = runtime.verify([native.PlacedBuffer.of(buffer)])
+                assert (count.per_node, count.absent) == ({node: buffer.bytes // PAGE}, 0)
+            found.append(syscalls.page_sizes(pieces[0].address, pieces[0].bytes))
+        with pytest.raises(PlacementError) as refusal:
+            runtime.allocate(1100 * MIB, nodes=(1,), owner="layers.1")
+        return found, str(refusal.value), [arena.page_bytes for arena in runtime.memory_report()]
+
+    found, message, reported = in_child(attempt)
+    assert found == reported == [{1 << 30: 1 << 30}] * len(full_nodes)
+    pool = syscalls.NODES / f"node{full_nodes[1]}/hugepages/hugepages-1048576kB/nr_hugepages"
+    assert f"echo 3 > {pool}" in message and "needs 2 huge pages of 1.0 GiB" in message
+
+
+def test_one_gibibyte_pages_that_nobody_reserved_are_refused(lab, usable_nodes):
+    if lab.huge_1g:
+        pytest.skip("this topology has them reserved")
+
     def attempt() -> None:
         native.Runtime(layout_of(pages="1g")).allocate(MIB, nodes=(0,), owner="giant")
 

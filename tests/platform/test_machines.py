@@ -139,6 +139,26 @@ def test_cgroup_v1_inside_a_container():
     assert platform.usable_nodes == (1,)
 
 
+@pytest.mark.parametrize(
+    ("share", "period", "quota"),
+    [("250000", "100000", 2.5), ("5000", "10000", 0.5), ("-1", "100000", None), ("x", "", None)],
+)
+def test_cgroup_v1_cpu_quota(share, period, quota):
+    folder = "/sys/fs/cgroup/cpu,cpuacct"
+    changed = {f"{folder}/cpu.cfs_quota_us": share, f"{folder}/cpu.cfs_period_us": period}
+    machine = MACHINES["dual-xeon-cgroup-v1"].with_files(**changed)
+    platform = Platform.read(MemoryTree(machines.files(machine)))
+    assert platform.cgroup.cpu_quota == quota
+    layout = RuntimeLayout.from_platform(platform)
+    assert sum(node.threads for node in layout.nodes) == (max(1, int(quota)) if quota else 14)
+
+
+def test_the_tightest_cpu_quota_of_the_nested_groups_counts():
+    folder = "/sys/fs/cgroup/kubepods.slice/pod1"
+    machine = MACHINES["dual-xeon-cgroup-v2"].with_files(**{f"{folder}/run/cpu.max": "150000 50000"})
+    assert Platform.read(MemoryTree(machines.files(machine))).cgroup.cpu_quota == 3.0
+
+
 def test_gpus():
     first, second = machines.platform("dual-epyc-gpus").gpus
     assert (first.address, first.vendor, first.device, first.node) == (

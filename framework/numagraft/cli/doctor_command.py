@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,9 @@ from numagraft.cli.console import open_console
 if TYPE_CHECKING:
     from numagraft.doctor import Measurement
     from numagraft.platform import Platform
+
+#: When measuring should be over, and the least time it gets.
+_ENDS_AFTER_SECONDS, _LEAST_SECONDS = 15.0, 3.0
 
 
 def doctor(
@@ -43,7 +48,11 @@ def _measure(platform: Platform, *, quiet: bool) -> Measurement:
 
     console = open_console(stderr=True, quiet=quiet)
     with console.status("measuring") as status:
-        measurement = measure(platform, progress=lambda text: status.update(f"measuring: {text}"))
+        # Starting up counts too: on a slow machine that alone takes seconds.
+        budget = max(_LEAST_SECONDS, _ENDS_AFTER_SECONDS - _process_age())
+        measurement = measure(
+            platform, budget_seconds=budget, progress=lambda text: status.update(f"measuring: {text}")
+        )
     try:
         path = measurement.save()
     except OSError as error:
@@ -51,6 +60,15 @@ def _measure(platform: Platform, *, quiet: bool) -> Measurement:
     else:
         console.print(f"measured in {measurement.seconds:.0f} s; kept for planning in {path}", highlight=False)
     return measurement
+
+
+def _process_age() -> float:
+    """Seconds since this process began; 0 where the kernel does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def register(app: typer.Typer) -> None:

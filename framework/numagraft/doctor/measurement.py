@@ -7,10 +7,11 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numagraft.doctor.finding import Finding
 from numagraft.errors import ConfigurationError, Problem
@@ -18,13 +19,18 @@ from numagraft.platform import Platform
 from numagraft.platform.plain import from_plain, to_plain
 from numagraft.runtime import RuntimeLayout, RuntimeSettings
 
+if TYPE_CHECKING:
+    from numagraft.native import Runtime, limits
+
 SCHEMA = 1
 _MIB = 1 << 20
 #: Large enough that caches hold little of it; first touch of fresh memory runs at 0.5-2.5 GB/s.
 _LEAST_BYTES, _MOST_BYTES = 256 * _MIB, 1024 * _MIB
-#: What is left of the 20 seconds is for starting up and printing.
-_BUDGET_SECONDS = 15.0
+#: What is left of 20 seconds is for starting up and printing.
+BUDGET_SECONDS = 14.0
+_TRIAL_BYTES = 16 * _MIB
 _STEPS = 200_000
+_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,14 @@ class Measurement:
 
 
 def measure(
-    platform: Platform, *, buffer_bytes: int | None = None, progress: Callable[[str], None] | None = None
+    platform: Platform,
+    *,
+    buffer_bytes: int | None = None,
+    budget_seconds: float = BUDGET_SECONDS,
+    progress: Callable[[str], None] | None = None,
 ) -> Measurement:
-    """Measures all pairs in under 20 s, with fewer repetitions where nodes are many.
+    """Measures all pairs in about `budget_seconds` at most: buffers are smaller and repetitions fewer where nodes are many or
+    slow.
 
     Raises ConfigurationError for a replayed platform or one without room for the buffer.
     """
@@ -120,50 +131,34 @@ def measure(
             "only the machine at hand can be measured", [Problem("", f"{platform.source} is a dump", "run it there")]
         )
     from numagraft import native
-    from numagraft.native import limits
 
     started = time.monotonic()
     chosen = tuple(sorted({*platform.usable_nodes, *platform.memory_only_nodes}))
     settings = RuntimeSettings(nodes=chosen) if platform.usable_nodes else RuntimeSettings()
     layout = RuntimeLayout.from_platform(platform, settings)
+    probe = _Probe(native.Runtime(layout))
     size = buffer_bytes or _buffer_bytes(platform, layout)
-    runtime = native.Runtime(layout)
     compute = layout.compute_nodes
+    columns = range(len(layout.nodes))
+    speed = probe.trial(min(size, _TRIAL_BYTES), budget_seconds)
+    if buffer_bytes is None:
+        size = speed.affordable(size, columns=len(columns), rows=len(compute))
+    passes = speed.passes(size, columns=len(columns), rows=len(compute))
+    streams, prefetch_bytes = probe.best_variant(min(size, _LEAST_BYTES))
     rates: dict[tuple[int, int], float] = {}
     delays: dict[tuple[int, int], float] = {}
-    variant: tuple[int, int] | None = None
-    passes = 5
-    for column in range(len(layout.nodes)):
+    for column in columns:
         if progress is not None:
             progress(f"memory of node {layout.nodes[column].os_node}")
-        buffer = runtime.allocate(size, [column], owner="doctor --measure")
-        try:
-            near = layout.nearest_compute_nodes(column)[0]
-            regions = {row: limits.Region(buffer.address, buffer.bytes, (row,)) for row in compute}
-            if variant is None:
-                # Which variant is best does not hang on the caches, and the whole buffer would take seconds.
-                trial = limits.Region(buffer.address, min(size, _LEAST_BYTES), (near,))
-                best = limits.stream_rates(runtime, [trial], passes=1)[0]
-                variant = (best.streams, best.prefetch_bytes)
-            limits.make_chase(runtime, regions[near])
+        with probe.memory_of(column, size) as regions:
             for row in compute:
-                rates[row, column] = statistics.median(
-                    read / seconds / 1e9
-                    for seconds, read in (
-                        limits.stream_seconds(runtime, [regions[row]], streams=variant[0], prefetch_bytes=variant[1])
-                        for _ in range(passes)
-                    )
-                )
-                # The shortest: whatever disturbs a chase makes it longer.
-                delays[row, column] = min(
-                    limits.load_seconds(runtime, regions[row], steps=_STEPS) * 1e9 for _ in range(min(passes, 3))
-                )
-        finally:
-            runtime.release(buffer)
+                rates[row, column] = probe.rate(regions[row], streams, prefetch_bytes, passes)
+                delays[row, column] = probe.delay(regions[row], min(passes, 3))
         spent = time.monotonic() - started
-        if spent / (column + 1) * len(layout.nodes) > _BUDGET_SECONDS:
+        if spent / (column + 1) * len(columns) > budget_seconds:  # slower than the trial: something else runs
             passes = 1
-    columns = range(len(layout.nodes))
+            if buffer_bytes is None:
+                size = max(_TRIAL_BYTES, size // 2)
     return Measurement(
         fingerprint=fingerprint(platform),
         compute_nodes=tuple(_os_node(layout, row) for row in compute),
@@ -177,6 +172,89 @@ def measure(
         kernel=platform.kernel.release,
         taken=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """Seconds per byte of making a buffer's memory ready and of reading it once, seconds of one chase, read variants, and the
+    seconds that all may take."""
+
+    prepare: float
+    read: float
+    chase: float
+    variants: int
+    budget: float = BUDGET_SECONDS
+
+    def affordable(self, wanted: int, *, columns: int, rows: int) -> int:
+        """The largest buffer up to `wanted` with which a single pass of everything takes half the time there is."""
+        left = self.budget / 2 - columns * rows * self.chase
+        per_byte = columns * (self.prepare + rows * self.read) + self.variants * self.read
+        return max(min(wanted, _TRIAL_BYTES), min(wanted, int(left / per_byte) // _MIB * _MIB))
+
+    def passes(self, size: int, *, columns: int, rows: int) -> int:
+        """As many as fit in the time there is; an odd number has a median that was measured."""
+        once = columns * rows * (size * self.read + self.chase)
+        left = self.budget - size * (columns * self.prepare + self.variants * self.read)
+        return max(passes for passes in range(1, _PASSES + 1, 2) if passes == 1 or passes * once < left)
+
+
+class _Probe:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._layout = runtime.layout
+        self._compute = runtime.layout.compute_nodes
+        runtime.observe_workers()  # the pools start: that is no part of any timing
+
+    @contextmanager
+    def memory_of(self, node: int, size: int) -> Iterator[dict[int, limits.Region]]:
+        """A buffer there, with a chase in it: by the runtime node that reads."""
+        from numagraft.native import limits
+
+        buffer = self._runtime.allocate(size, [node], owner="doctor --measure")
+        try:
+            regions = {row: limits.Region(buffer.address, buffer.bytes, (row,)) for row in self._compute}
+            limits.make_chase(self._runtime, regions[self._layout.nearest_compute_nodes(node)[0]])
+            yield regions
+        finally:
+            self._runtime.release(buffer)
+
+    def trial(self, size: int, budget: float) -> _Speed:
+        """How fast this machine does all this, on a buffer that takes milliseconds on any server."""
+        from numagraft.native import limits
+
+        begin = time.monotonic()
+        with self.memory_of(self._compute[0], size) as regions:
+            prepared = time.monotonic()
+            self.rate(regions[self._compute[0]], 1, 0, 1)
+            read = time.monotonic()
+            self.delay(regions[self._compute[0]], 1)
+            chased = time.monotonic()
+        variants = limits.stream_variants()
+        return _Speed((prepared - begin) / size, (read - prepared) / size, chased - read, variants, budget)
+
+    def best_variant(self, size: int) -> tuple[int, int]:
+        """(streams, prefetch distance) that read fastest: that does not hang on how far the memory is."""
+        from numagraft.native import limits
+
+        with self.memory_of(self._compute[0], size) as regions:
+            best = limits.stream_rates(self._runtime, [regions[self._compute[0]]], passes=1)[0]
+        return best.streams, best.prefetch_bytes
+
+    def rate(self, region: limits.Region, streams: int, prefetch_bytes: int, passes: int) -> float:
+        """10^9 bytes/s, the median."""
+        from numagraft.native import limits
+
+        found = [
+            limits.stream_seconds(self._runtime, [region], streams=streams, prefetch_bytes=prefetch_bytes)
+            for _ in range(passes)
+        ]
+        return statistics.median(read / seconds / 1e9 for seconds, read in found)
+
+    def delay(self, region: limits.Region, passes: int) -> float:
+        """Nanoseconds, the shortest: whatever disturbs a chase makes it longer."""
+        from numagraft.native import limits
+
+        return min(limits.load_seconds(self._runtime, region, steps=_STEPS) * 1e9 for _ in range(passes))
 
 
 def fingerprint(platform: Platform) -> str:

@@ -60,6 +60,11 @@ def stream_widths() -> tuple[str, ...]:
     return tuple(_native.bench_stream_widths())
 
 
+def stream_variants() -> int:
+    """How many variants `stream_rates` tries of one width."""
+    return len(_native.bench_stream_variants())
+
+
 def stream_seconds(
     runtime: Runtime, regions: Sequence[Region], *, streams: int, prefetch_bytes: int, width: str | None = None
 ) -> tuple[float, int]:
