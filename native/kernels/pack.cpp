@@ -3,6 +3,10 @@
 #include "kernels/kernel_table.h"
 #include "kernels/simd.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
@@ -175,8 +179,29 @@ void gather(const PackArgs& a, float* staged) {
 }
 
 NUMAGRAFT_INLINE F magnitude(F x) { return (F)((I)x & 0x7FFFFFFF); }
+// select(a > b, a, b) and select(a < b, a, b): one instruction that the compiler does not find. The searches live by them.
+#if defined(__AVX512F__)
+NUMAGRAFT_INLINE F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+NUMAGRAFT_INLINE F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+struct Halves {
+  __m256 low;
+  __m256 high;
+};
+NUMAGRAFT_INLINE F larger(F a, F b) {
+  const Halves x = __builtin_bit_cast(Halves, a);
+  const Halves y = __builtin_bit_cast(Halves, b);
+  return __builtin_bit_cast(F, Halves{_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
+}
+NUMAGRAFT_INLINE F smaller(F a, F b) {
+  const Halves x = __builtin_bit_cast(Halves, a);
+  const Halves y = __builtin_bit_cast(Halves, b);
+  return __builtin_bit_cast(F, Halves{_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)});
+}
+#else
 NUMAGRAFT_INLINE F larger(F a, F b) { return select(a > b, a, b); }
 NUMAGRAFT_INLINE F smaller(F a, F b) { return select(a < b, a, b); }
+#endif
 NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int half) {
   return load<F>(staged + k * kPanelColumns + half * kLanes);
 }
@@ -241,115 +266,107 @@ struct Grid {
   F minimum;
 };
 
-// Squared error of a grid over a group, and what a least-squares refit of the grid to its own integers needs.
-struct Fit {
-  F error;
-  F q;
-  F qq;
-  F wq;
-};
-
-template <bool refit>
-NUMAGRAFT_INLINE Fit fit(const float* staged, int half, int inputs, const Grid& grid) {
-  const F inverse = reciprocal_or_zero(grid.scale);
-  const F offset = -grid.minimum * inverse;
-  Fit out = {};
-  for (int k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, half);
-    F q = w * inverse + offset;
-    q = smaller(larger(q, F{}), splat(15.0f));
-    q = (q + splat(8388608.0f)) - splat(8388608.0f);
-    const F d = w - (grid.scale * q + grid.minimum);
-    out.error += d * d;
-    if constexpr (refit) {
-      out.q += q;
-      out.qq += q * q;
-      out.wq += w * q;
-    }
-  }
-  return out;
+NUMAGRAFT_INLINE Grid choose(I mask, const Grid& a, const Grid& b) { return {select(mask, a.scale, b.scale), select(mask, a.minimum, b.minimum)}; }
+template <bool symmetric>
+NUMAGRAFT_INLINE Grid rounded(F scale, F minimum) {
+  scale = rounded_to_bf16(scale);
+  return {scale, symmetric ? splat(-8.0f) * scale : rounded_to_bf16(minimum)};
 }
 
-struct Best {
-  F error;
+// The search for the grid with the least squared error over a group of weights of 16 channels.
+template <bool symmetric>
+struct Search {
+  const float* staged;
+  int half;
+  int inputs;
+  F sum;      // of the weights
+  F spread;   // asymmetric: their squared deviations from the mean; symmetric: their squares
+  F error;    // of the best grid so far
   Grid grid;
-  NUMAGRAFT_INLINE void consider(Best& best, F error, const Grid& grid) {
-    const I better = error < best.error;
-    best.error = select(better, error, best.error);
-    best.grid.scale = select(better, grid.scale, best.grid.scale);
-    best.grid.minimum = select(better, grid.minimum, best.grid.minimum);
+
+  // Tries a grid, and the one that fits the integers it gives best (least squares). That one's error follows from sums over
+  // the group, without another pass over it.
+  inline __attribute__((always_inline)) void look_at(const Grid& tried) {
+    const F inverse = reciprocal_or_zero(tried.scale);
+    const F offset = -tried.minimum * inverse;
+    F squares = {};
+    F sq = {};
+    F sqq = {};
+    F swq = {};
+    for (int k = 0; k < inputs; ++k) {
+      const F w = at(staged, k, half);
+      F q = smaller(larger(w * inverse + offset, F{}), splat(15.0f));
+      q = (q + splat(8388608.0f)) - splat(8388608.0f);
+      const F d = w - (tried.scale * q + tried.minimum);
+      squares += d * d;
+      sq += q;
+      sqq += q * q;
+      swq += w * q;
+    }
+    keep(squares, tried);
+
+    const F n = splat(static_cast<float>(inputs));
+    const F mean = sq / n;
+    // around the mean (symmetric: around 8, where the weight is 0)
+    const F qq = symmetric ? sqq - splat(16.0f) * sq + splat(64.0f) * n : sqq - mean * sq;
+    const F wq = symmetric ? swq - splat(8.0f) * sum : swq - mean * sum;
+    const I solvable = qq > splat(0.25f);
+    const F scale = wq / select(solvable, qq, splat(1.0f));
+    const F minimum = sum / n - scale * mean;
+    const Grid fitted = rounded<symmetric>(scale, minimum);
+    const F off_scale = fitted.scale - scale;
+    const F off_middle = symmetric ? F{} : fitted.minimum + fitted.scale * mean - sum / n;
+    F fitted_error = spread - scale * wq + off_scale * off_scale * qq + off_middle * off_middle * n;
+    // The difference has lost digits; a grid that the weights lie on is found by its own error, which is exactly 0.
+    fitted_error = larger(fitted_error, spread * splat(1e-6f));
+    keep(select(solvable, fitted_error, splat(__builtin_inff())), fitted);
+  }
+
+ private:
+  inline __attribute__((always_inline)) void keep(F found, const Grid& tried) {
+    const I better = found < error;
+    error = select(better, found, error);
+    grid = choose(better, tried, grid);
   }
 };
 
-NUMAGRAFT_INLINE Grid rounded(Grid grid, bool symmetric) {
-  grid.scale = rounded_to_bf16(grid.scale);
-  grid.minimum = symmetric ? splat(-8.0f) * grid.scale : rounded_to_bf16(grid.minimum);
-  return grid;
-}
-
-// A grid that spans less than the range often has the smaller squared error: a few spans are tried, each refitted by
-// least squares to the integers it gave.
-NUMAGRAFT_INLINE Grid search_asymmetric(const float* staged, int half, int inputs) {
-  F low = at(staged, 0, half);
+// Grids that span less than the range often have the smaller squared error: a few spans are tried, the best refitted once
+// more, and its neighbours a few per cent wider and narrower, each refitted.
+template <bool symmetric>
+Grid search(const float* staged, int half, int inputs) {
+  F low = symmetric ? F{} : at(staged, 0, half);
   F high = low;
   F sum = {};
+  F squares = {};
   for (int k = 0; k < inputs; ++k) {
     const F w = at(staged, k, half);
     low = smaller(low, w);
     high = larger(high, w);
     sum += w;
+    squares += w * w;
   }
   const F n = splat(static_cast<float>(inputs));
   const F middle = (low + high) * splat(0.5f);
-  Best best{splat(__builtin_inff()), {F{}, middle}};
-  constexpr float spans[] = {1.0f, 0.93f, 0.86f, 0.79f};
-  for (float span : spans) {
-    Grid grid;
-    grid.scale = (high - low) * splat(span / 15.0f);
-    grid.minimum = middle - grid.scale * splat(7.5f);
-    grid = rounded(grid, false);
-    for (int round = 0; round < 2; ++round) {
-      const Fit f = fit<true>(staged, half, inputs, grid);
-      Best::consider(best, f.error, grid);
-      const F determinant = n * f.qq - f.q * f.q;
-      const I solvable = determinant > F{};
-      const F scale = (n * f.wq - f.q * sum) / select(solvable, determinant, splat(1.0f));
-      Grid next;
-      next.scale = select(solvable, scale, grid.scale);
-      next.minimum = select(solvable, (sum - scale * f.q) / n, grid.minimum);
-      grid = rounded(next, false);
+  const F spread = symmetric ? squares : larger(squares - sum * sum / n, F{});
+  Search<symmetric> best{staged, half, inputs, sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
+  if constexpr (symmetric) {
+    // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign, or the +7.
+    const F extreme = select(-low > high, low, high);
+    constexpr float reaches[] = {-8.4f, -7.6f, -6.8f, 7.5f, 6.7f};
+    for (float reach : reaches) best.look_at(rounded<true>(extreme * splat(1.0f / reach), F{}));
+    best.look_at(best.grid);
+    constexpr float neighbours[] = {1.04f, 0.96f};
+    for (float factor : neighbours) best.look_at(rounded<true>(best.grid.scale * splat(factor), F{}));
+  } else {
+    const auto around = [](F centre, F scale) { return rounded<false>(scale, centre - scale * splat(7.5f)); };
+    constexpr float spans[] = {1.0f, 0.9f, 0.8f};
+    for (float span : spans) best.look_at(around(middle, (high - low) * splat(span / 15.0f)));
+    best.look_at(best.grid);
+    constexpr float neighbours[] = {1.03f, 0.97f};
+    for (float factor : neighbours) {
+      best.look_at(around(best.grid.minimum + best.grid.scale * splat(7.5f), best.grid.scale * splat(factor)));
+      best.look_at(best.grid);
     }
-    Best::consider(best, fit<false>(staged, half, inputs, grid).error, grid);
-  }
-  return best.grid;
-}
-
-NUMAGRAFT_INLINE Grid search_symmetric(const float* staged, int half, int inputs) {
-  F low = {};
-  F high = {};
-  for (int k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, half);
-    low = smaller(low, w);
-    high = larger(high, w);
-  }
-  // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign.
-  const F extreme = select(-low > high, low, high);
-  Best best{splat(__builtin_inff()), {F{}, F{}}};
-  constexpr float reaches[] = {-8.8f, -8.0f, -7.4f, -6.8f, -6.2f, 7.5f, 6.7f};
-  for (float reach : reaches) {
-    Grid grid;
-    grid.scale = extreme * splat(1.0f / reach);
-    grid = rounded(grid, true);
-    const Fit f = fit<true>(staged, half, inputs, grid);
-    Best::consider(best, f.error, grid);
-    const F squares = f.qq - splat(16.0f) * f.q + splat(64.0f * static_cast<float>(inputs));
-    F sum = {};
-    for (int k = 0; k < inputs; ++k) sum += at(staged, k, half);
-    const I solvable = squares > F{};
-    Grid next;
-    next.scale = select(solvable, (f.wq - splat(8.0f) * sum) / select(solvable, squares, splat(1.0f)), grid.scale);
-    next = rounded(next, true);
-    Best::consider(best, fit<false>(staged, half, inputs, next).error, next);
   }
   return best.grid;
 }
@@ -375,8 +392,8 @@ void pack_int4(const PackArgs& a, const float* staged) {
           if (members <= 0) {
             grids[half] = Grid{};
           } else {
-            grids[half] = symmetric ? search_symmetric(group, half, static_cast<int>(members))
-                                    : search_asymmetric(group, half, static_cast<int>(members));
+            grids[half] = symmetric ? search<true>(group, half, static_cast<int>(members))
+                                    : search<false>(group, half, static_cast<int>(members));
           }
         }
         const Grid& grid = grids[half];

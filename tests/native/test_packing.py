@@ -15,11 +15,11 @@ from numagraft.native import LinearWeights, WeightFormat, linear_packed_bytes
 GAUSSIAN = {
     "bf16": 2e-3,
     "int8": 1e-2,
-    "int4-g32": 0.073,
-    "int4-g32-symmetric": 0.083,
-    "int4-g64": 0.085,
-    "int4-g128": 0.095,
-    "int4-g128-symmetric": 0.102,
+    "int4-g32": 0.072,
+    "int4-g32-symmetric": 0.082,
+    "int4-g64": 0.084,
+    "int4-g128": 0.094,
+    "int4-g128-symmetric": 0.099,
     "fp8": 0.028,
     "mxfp4": 0.115,
 }
