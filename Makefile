@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env build demo test test-slow test-all lint wheel-test lab lab-ci sanitize bench clean
+.PHONY: help env build demo test test-slow test-all lint fuzz wheel-test lab lab-ci sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,9 @@ test-slow: build  ## the tests that take long
 	$(PY) -m pytest -m "slow and not numa" $(PYTEST_ARGS)
 
 test-all: test test-slow
+
+fuzz: build  ## coverage-guided fuzzing of rules, templates, plans and imports, about 80 s; says so where atheris is missing
+	$(PY) -m tests.fuzz
 
 wheel-test: build  ## build the wheel, install it elsewhere, test it from outside the tree
 	$(PY) tests/wheel/run.py

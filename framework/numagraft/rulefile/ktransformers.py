@@ -251,6 +251,9 @@ def convert_tensor_overrides(texts: Sequence[str]) -> Conversion:
     blocks = []
     parts = [part for text in texts for part in text.split(",")]
     for number, text in enumerate(parts, start=1):
+        if not text.isprintable():  # it becomes a comment: a line break in it would become rules
+            result.notes.append(f"{text!r}: holds a control character; left out")
+            continue
         pattern, equals, buffer = text.rpartition("=")
         device = {"CPU": "cpu"}.get(buffer, f"cuda:{buffer[4:]}" if re.fullmatch(r"CUDA\d+", buffer) else None)
         if not equals or device is None:
