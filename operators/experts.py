@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,9 @@ class Experts(PackedOperator):
         config = getattr(module, "config", None)
         top_k = next((k for name in _TOP_K_NAMES if isinstance(k := getattr(config, name, None), int)), shape.experts)
         fraction = min(top_k / shape.experts, 1.0)
-        return packed_footprint(placement.parts, _part_bytes(shape, params, placement.parts), read_fraction=fraction)
+        part_bytes = _part_bytes(shape, params, placement.parts)
+        found = packed_footprint(placement.parts, part_bytes, read_fraction=fraction)
+        return replace(found, added_per_token=shape.hidden)
 
     @classmethod
     def from_module(

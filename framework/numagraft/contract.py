@@ -41,11 +41,16 @@ class Units:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a placed module costs: bytes per runtime node (index -> bytes), per torch device, and read per token."""
+    """What a placed module costs: bytes per runtime node (index -> bytes), per torch device, and read per token.
+
+    `added_per_token`: float32 values per token that every shard computes in full, so that nodes must add them up; 0 where
+    shards compute different outputs.
+    """
 
     node_bytes: Mapping[int, int] = field(default_factory=dict)
     device_bytes: Mapping[str, int] = field(default_factory=dict)
     bytes_per_token: int = 0
+    added_per_token: int = 0
 
 
 @dataclass(frozen=True)

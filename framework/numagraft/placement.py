@@ -178,12 +178,14 @@ def resolve(
     mirror_gains: Sequence[str] = (),
     mirrored_bytes: int = 0,
     small_bytes: int = SMALL_BYTES,
+    no_gain: str = "",
     where: str = "placement",
 ) -> Placement:
     """Decides where one module's units lie and who computes them. Pure; `Placer` keeps the accounts over a whole model.
 
     free_bytes_by_node: index -> bytes left for weights (default: the layout's). mirror_gains: what a mirror of this
-    module buys besides what a shard does ("prefill divided by tokens", ...); `auto` mirrors only where there is one.
+    module buys besides what a shard does ("prefill divided by tokens", ...); `auto` mirrors only where there is one;
+    no_gain: why there is none, for `auto`'s reason.
     mirrored_bytes: bytes per node that this rule has mirrored already, held against its budget.
 
     A shard splits at multiples of `units.multiple` in proportion to threads; the last block may be short, and a node
@@ -193,7 +195,7 @@ def resolve(
     nodes = _nodes(spec, layout, where)
     size = units.packed_bytes
     if spec.policy == "auto":
-        return _resolve_auto(spec, units, layout, nodes, free, mirror_gains, mirrored_bytes, small_bytes)
+        return _resolve_auto(spec, units, layout, nodes, free, mirror_gains, mirrored_bytes, small_bytes, no_gain)
     if spec.policy == "bind":
         if spec.nodes is not None:
             named = _names(layout, nodes)
@@ -214,7 +216,7 @@ def resolve(
         )
         return _shard(units, layout, nodes, reason)
     if mirror_gains:
-        reason = f"{_copies(groups)}: {', '.join(mirror_gains)}"
+        reason = f"{_copies(groups)} as asked: {', '.join(mirror_gains)}"
     elif len(groups) > 1:
         reason = f"{_copies(groups)} as asked; {_NO_GAIN.format(len(groups))}"
     else:
@@ -243,6 +245,7 @@ class Placer:
         units: Divisible,
         *,
         mirror_gains: Sequence[str] = (),
+        no_gain: str = "",
         where: str = "placement",
     ) -> Placement:
         """The next module of `rule_id`. A budget, once a module did not fit in it, is spent: later ones are sharded."""
@@ -260,6 +263,7 @@ class Placer:
             mirror_gains=mirror_gains,
             mirrored_bytes=mirrored,
             small_bytes=self._small_bytes,
+            no_gain=no_gain,
             where=where,
         )
         for node, amount in placed_bytes(placement, units.packed_bytes).items():
@@ -313,6 +317,7 @@ def _resolve_auto(
     gains: Sequence[str],
     mirrored_bytes: int,
     small_bytes: int,
+    no_gain: str,
 ) -> Placement:
     size = units.packed_bytes
     if len(nodes) == 1:
@@ -325,7 +330,7 @@ def _resolve_auto(
         )
         return Placement("bind", (_whole(units, layout, (node,)),), reason)
     if not gains:
-        return _shard(units, layout, nodes, f"auto: {_NO_GAIN.format(len(nodes))}")
+        return _shard(units, layout, nodes, f"auto: {no_gain or _NO_GAIN.format(len(nodes))}")
     groups = _replica_groups(spec, layout, nodes)
     per_node = _per_node_bytes(groups, size)
     if spec.budget is not None and mirrored_bytes + per_node > spec.budget:

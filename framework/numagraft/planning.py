@@ -38,6 +38,7 @@ class PlannedModule:
     device_bytes: Mapping[str, int]
     bytes_per_token: int
     note: str = ""
+    added_per_token: int = 0  # float32 values that shards must add up over nodes
 
     @property
     def format(self) -> str:

@@ -84,6 +84,7 @@ def routed(tokens, experts, topk, seed=0):
     return ids, rng.random((tokens, topk), dtype=np.float32) + 0.1
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tokens", [1, 2, 7, 60])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("isa", ISAS)
@@ -96,6 +97,7 @@ def test_every_row_is_near_fp32(isa, format, tokens):
     assert error(found, expected) <= bar, describe_worst(found, expected)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.kind)
 @pytest.mark.parametrize("isa", ISAS)
@@ -169,6 +171,7 @@ def test_ids_out_of_range_are_named_before_anything_is_computed():
     assert (out == 77).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("isa", ISAS)

@@ -55,6 +55,7 @@ class Layer:
         return x @ self.dequantised.T + self.bias
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 33, 70, 400])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("isa", ISAS)
@@ -76,6 +77,7 @@ def test_integer_rows_agree_exactly_but_for_the_last_rounding(format):
         assert error(output, outputs[-1]) <= 1e-6, (isa, describe_worst(output, outputs[-1]))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("isa", ISAS)
@@ -152,6 +154,7 @@ def test_outputs_in_fp16_are_rounded_as_numpy_does():
                 assert out[0, 0] == value.astype(np.float16)[0], (isa, value)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("isa", ISAS)

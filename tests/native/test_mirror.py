@@ -155,7 +155,7 @@ def test_a_late_node_is_helped_by_the_others_from_their_own_copies(kind):
         chunks.append((prompt.chunks, late.chunks, prompt.stolen_chunks, seconds))
         np.testing.assert_array_equal(found, expected)
         assert prompt.chunks + late.chunks == sum(chunks[0][:2])  # every chunk exactly once
-        assert late.stolen_chunks == 0
+        assert late.stolen_chunks <= prompt.stolen_chunks
     without, with_stealing = chunks
     assert without[2] == 0  # the control: each computes its own share
     assert with_stealing[2] > 0

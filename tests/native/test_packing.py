@@ -49,6 +49,7 @@ def unpacked(made, shape, **which):
     return out
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_gaussian_weights_lose_little(format, isa):
@@ -81,6 +82,7 @@ def test_mxfp4_keeps_values_of_its_own():
     assert np.array_equal(unpacked(packed(weight, WeightFormat("mxfp4")), weight.shape), weight)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_zeros_and_extremes(format, isa):
@@ -94,6 +96,7 @@ def test_zeros_and_extremes(format, isa):
         assert error(found[6], weight[6]) < 0.2
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", [(1, 1), (31, 63), (32, 64), (33, 65), (70, 100), (5, 513)])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_shapes_that_do_not_divide(format, shape):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -48,6 +48,11 @@ class LinearStandIn(Operator):
 
 
 class ExpertsStandIn(LinearStandIn):
+    @classmethod
+    def footprint(cls, module: nn.Module, params: Any, placement: Any, device: str) -> Footprint:
+        hidden = module.down_proj.shape[1]
+        return replace(super().footprint(module, params, placement, device), added_per_token=hidden)
+
     @classmethod
     def check(cls, module: nn.Module, params: Any, platform: Any) -> Accepted | Rejected:
         if count_experts(module) is None:

@@ -114,7 +114,11 @@ def _prediction_table(predictions: Predictions) -> Any:
         table.add_row(
             each.policy + mark, f"{each.decode_tokens_per_s:,.1f}", f"{each.prefill_tokens_per_s:,.0f}", f"{each.memory:g}"
         )
-    return Group(table, *(Text(f"  assumed {line}", style="dim") for line in predictions.assumptions))
+    lines = [Text(f"  assumed {line}", style="dim") for line in predictions.assumptions]
+    if predictions.mirror is not None:
+        lines += [Text("A copy on every node (mirror) would buy", style="bold")]
+        lines += [Text(f"  {fact}") for fact in predictions.mirror.facts()]
+    return Group(table, *lines)
 
 
 def _print_difference(found: Difference, before: str, after: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,18 @@ from numagraft.contract import Operator, Rejected, Units
 from numagraft.errors import ConfigurationError, NumagraftError, PlanError, RuleError
 from numagraft.matching import Decision, Matches, Verdict, match
 from numagraft.params import build_params
-from numagraft.placement import PlacementSpec, Placer
+from numagraft.placement import MIRROR_SHARE, PlacementSpec, Placer
 from numagraft.planning import Fallback, KeptModule, MadeFor, Plan, PlannedModule
 from numagraft.plans.amounts import CPU, device_of, dtype_of, moved_bytes, own_bytes, shapes_of, totals
+from numagraft.plans.mirroring import MirrorGains
+from numagraft.plans.rates import Load, Rates
 from numagraft.registry import operator_class
 from numagraft.roles import ModuleInfo
 from numagraft.rulefile.problems import Problems
 from numagraft.rulefile.requires import check_requires
 from numagraft.rulefile.rules import DEFAULT, Rule, RuleSet
 from numagraft.runtime import RuntimeLayout
+from numagraft.sizes import format_size
 
 if TYPE_CHECKING:
     from numagraft.platform import Platform
@@ -48,6 +51,15 @@ class Placed:
     usable: Usable
     spec: PlacementSpec
     units: Units
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What is known of copies while modules are placed: why `auto` makes them, or why not, and what `mirror` buys anyway."""
+
+    reasons: tuple[str, ...] = ()
+    too_little: str = ""
+    facts: tuple[str, ...] = ()
 
 
 class Planner:
@@ -77,7 +89,7 @@ class Planner:
         for rule in self._rules.rules:
             self.prepare(rule)
         matches = match(self._model, self._rules, judge=self.judge, problems=self._rule_problems)
-        modules = self._place(matches)
+        modules = self._place_as_it_pays(matches)
         fallbacks = self._report_rejections()
         self._raise()
         devices = {module.name: module.device for module in modules}
@@ -169,7 +181,40 @@ class Planner:
             )
         return fallbacks
 
-    def _place(self, matches: Matches) -> list[PlannedModule]:
+    def _place_as_it_pays(self, matches: Matches) -> list[PlannedModule]:
+        """Places without copies first: what a copy buys hangs on all that is read. Then again where `auto` or `mirror` asks
+        for the answer: all modules of `auto` are mirrored or none, since one that is sharded needs every node again."""
+        modules = self._place(matches, Copies())
+        asking = [each for each in self.placed if each.spec.policy in ("auto", "mirror")]
+        if self._plan_problems or len(self._layout.compute_nodes) < 2 or not asking:
+            return modules
+        load = Load.of(modules)
+        if not load.bytes:
+            return modules
+        gains = MirrorGains.of(Rates.of(self._layout, self._platform), load)
+        chosen = Copies(gains.reasons(), gains.too_little(), gains.facts())
+        modules = self._place(matches, chosen)
+        wanted = {each.name: each for each in asking if each.spec.policy == "auto" and each.spec.budget is None}
+        sharded = {m.name for m in modules if m.placement is not None and m.placement.policy == "shard"}
+        if not chosen.reasons or not sharded & set(wanted):
+            return modules
+        return self._place(matches, Copies((), self._no_room(wanted.values(), gains), gains.facts()))
+
+    def _no_room(self, wanted: Iterable[Placed], gains: MirrorGains) -> str:
+        """Why not every module that `auto` would mirror can have a copy per node, with the figures."""
+        copies = sum(each.units.packed_bytes for each in wanted)
+        bought = ", ".join(gains.reasons()[:-1])
+        nodes = self._layout.nodes
+        tight = min(self._layout.compute_nodes, key=lambda index: nodes[index].free_bytes)
+        os_node = nodes[tight].os_node
+        return (
+            f"a copy on each of {gains.nodes} nodes takes {format_size(copies)} per node, {MIRROR_SHARE:.0%} of what is "
+            f"free on node {tight if os_node is None else os_node} is "
+            f"{format_size(int(MIRROR_SHARE * nodes[tight].free_bytes))}; it would have bought: {bought}"
+        )
+
+    def _place(self, matches: Matches, copies: Copies) -> list[PlannedModule]:
+        self.placed = []
         placer = Placer(self._layout)
         failed: set[str] = set()
         modules = []
@@ -186,7 +231,7 @@ class Planner:
             if usable is None or (rule.id in failed) or self.rejection(rule, info.name):
                 continue
             try:
-                modules.append(self._place_one(decision, rule, usable, placer))
+                modules.append(self._place_one(decision, rule, usable, placer, copies))
             except NumagraftError as error:
                 failed.add(rule.id)
                 place = rule.mark("replace.kwargs.placement")
@@ -201,17 +246,20 @@ class Planner:
         """Why the rule's operator rejected the module, or ""."""
         return self._rejected.get((rule.id, name), "")
 
-    def _place_one(self, decision: Decision, rule: Rule, usable: Usable, placer: Placer) -> PlannedModule:
+    def _place_one(
+        self, decision: Decision, rule: Rule, usable: Usable, placer: Placer, copies: Copies
+    ) -> PlannedModule:
         info = decision.info
         units = usable.operator.units(info.module, usable.params)
         placement = None
         if units is not None:
             spec = getattr(usable.params, "placement", PlacementSpec())
-            placement = placer.place(rule.id, spec, units)
+            reasons = copies.facts if spec.policy == "mirror" else copies.reasons
+            placement = placer.place(rule.id, spec, units, mirror_gains=reasons, no_gain=copies.too_little)
             self.placed.append(Placed(info.name, rule, info.module, usable, spec, units))
         footprint = usable.operator.footprint(info.module, usable.params, placement, usable.device)
         note = self._notes.get(info.name, "")
-        return _planned(
+        made = _planned(
             info,
             rule,
             usable.device,
@@ -222,6 +270,7 @@ class Planner:
             footprint.bytes_per_token,
             note,
         )
+        return dataclasses.replace(made, added_per_token=footprint.added_per_token)
 
     def _keep(self, matches: Matches, devices: Mapping[str, str]) -> list[KeptModule]:
         """Modules that keep parameters or buffers, and the bytes that they hold; tied ones count once."""
