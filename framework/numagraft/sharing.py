@@ -31,13 +31,14 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True)
 class Added:
-    """One added source as the lock file records it."""
+    """One added source as the lock file records it; `replaced` is the digest of other contents that it took the place of."""
 
     name: str
     origin: str
     revision: str
     sha256: str
     presets: tuple[str, ...] = ()
+    replaced: str = ""
 
 
 def validate(folder: Path) -> list[Problem]:
@@ -195,6 +196,19 @@ def add(origin: str, *, name: str | None = None, replace: bool = False) -> Added
     target = home / name
     if target.exists() and not replace:
         raise ConfigurationError(f"{name!r} is there already; --replace replaces it, --name gives another name")
+    before = read_lock().get(name)
+    found = digest(contents)
+    if revision and before is not None and (before.origin, before.revision) == (origin, revision) and before.sha256 != found:
+        raise ConfigurationError(
+            f"{origin} is not what it was when it was added",
+            [
+                Problem(
+                    str(home / LOCK),
+                    f"found sha256 {found[:16]}..., recorded {before.sha256[:16]}...: a commit cannot change",
+                    f"do not trust its source; to take it nevertheless: numagraft rules remove {name}, and add it again",
+                )
+            ],
+        )
     home.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=home, prefix=".adding-"))
     try:
@@ -211,7 +225,8 @@ def add(origin: str, *, name: str | None = None, replace: bool = False) -> Added
     stems = sorted(
         file.removesuffix(".j2").removesuffix(".yaml") for file in contents if not file.endswith(presets.MANIFEST)
     )
-    added = Added(name, origin, revision, digest(contents), tuple(f"{name}/{stem}" for stem in stems))
+    replaced = before.sha256 if before is not None and before.sha256 != found else ""
+    added = Added(name, origin, revision, found, tuple(f"{name}/{stem}" for stem in stems), replaced)
     _write_lock({**read_lock(), name: added})
     return added
 
@@ -285,18 +300,26 @@ def check_unchanged(name: str) -> None:
 def _from_hub(text: str) -> tuple[Path, str, str]:
     """The snapshot of OWNER/REPO@REVISION, the commit it is, and a name for it."""
     repository, at, revision = text.partition("@")
-    if not at or not re.fullmatch(r"[0-9a-f]{40}", revision):
+    pinned = bool(at) and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+    if not pinned and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
         raise ConfigurationError(
             f"hf:{text} names no commit", [Problem("", "a shared preset is pinned", "hf:OWNER/REPO@COMMIT, 40 hex digits")]
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
 
+    if not pinned:
+        hint = "hf:OWNER/REPO@COMMIT, 40 hex digits"
+        try:
+            commit = HfApi().repo_info(repository, revision=revision or None).sha
+            hint = f"{revision or 'its main branch'} is now hf:{repository}@{commit}: read it there, then add that"
+        except Exception:  # of whichever transport: which commit it is would only have helped
+            hint = "hf:OWNER/REPO@COMMIT, 40 hex digits"
+        raise ConfigurationError(f"hf:{text} names no commit", [Problem("", "a shared preset is pinned", hint)])
     try:
         folder = snapshot_download(
             repository, revision=revision, allow_patterns=["*.yaml", "*.yaml.j2", "**/*.yaml", "**/*.yaml.j2"]
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub's client, or of whichever transport it uses
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(f"hf:{text} cannot be had: {first}") from error
     return _without_links(Path(folder)), revision, repository.rpartition("/")[2]

@@ -144,6 +144,9 @@ def test_names_that_would_take_ours(tmp_path):
 
 
 def test_a_hub_repository_is_pinned_and_comes_from_the_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match="names no commit"):
         sharing.add("hf:someone/presets")
     with pytest.raises(ConfigurationError, match="names no commit"):
@@ -159,10 +162,7 @@ def test_a_hub_repository_is_pinned_and_comes_from_the_cache(tmp_path, monkeypat
         blob = repository / "blobs" / f"{index:040x}"
         blob.write_bytes((source / name).read_bytes())
         (snapshot / name).symlink_to(blob)
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     added = sharing.add(f"hf:someone/presets@{commit}")
     assert (added.revision, added.presets) == (commit, ("presets/a",))
     assert load_rules("presets/a", platform=ONE).vars["format"] == "int4"

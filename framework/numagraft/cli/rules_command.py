@@ -144,6 +144,8 @@ def add(
 
     added = sharing.add(origin, name=name, replace=replace)
     typer.echo(f"added {', '.join(added.presets)} (sha256 {added.sha256[:16]}...)")
+    if added.replaced:
+        typer.echo(f"its contents changed: they were sha256 {added.replaced[:16]}...")
 
 
 @rules_app.command("remove")
