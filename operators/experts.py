@@ -28,6 +28,8 @@ _INDEX_DTYPES = {torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8}
 
 #: intermediate features that one step of the down projection takes: shards begin at multiples of it
 STEP = 64
+#: ... and those that one scale covers: a shard that begins or ends within such a block packs all of it
+FP8_BLOCK = 128
 
 # how many experts one token chooses, under the names that configurations give it
 _TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "moe_k")
@@ -60,8 +62,8 @@ class Experts(PackedOperator):
         """Intermediate features; shards begin where groups and packed steps do."""
         shape = _shape(module)
         everything = (Part((0,), False, (0,), 0, shape.intermediate),)
-        multiple = max(STEP, params.group) if params.format == "int4" else STEP
-        return Units(shape.intermediate, multiple, sum(_part_bytes(shape, params, everything)))
+        scaled = {"int4": params.group, "fp8": FP8_BLOCK}.get(params.format, STEP)
+        return Units(shape.intermediate, max(STEP, scaled), sum(_part_bytes(shape, params, everything)))
 
     @classmethod
     def footprint(cls, module: nn.Module, params: PackedParams, placement: Placement, device: str) -> Footprint:

@@ -171,6 +171,7 @@ def test_a_policy_that_others_left_does_not_place_the_next_owner(full_nodes, pag
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_ten_thousand_tensors_take_fewer_than_200_mappings(runtime):
     before = len(Path("/proc/self/maps").read_text().splitlines())
     nodes = len(runtime.layout.nodes)

@@ -311,6 +311,32 @@ def test_an_inherited_policy_does_not_change_where_weights_go(full_nodes, mode):
     assert all(verdict.startswith("as asked") for verdict in in_child(placed))
 
 
+@pytest.mark.parametrize(("pages", "size"), [("2m", 2 * MIB), ("1g", 1024 * MIB)])
+def test_the_report_says_which_pages_were_got(lab, runtime, pages, size):
+    if not {"2m": lab.huge_2m, "1g": lab.huge_1g}[pages]:
+        pytest.skip("this topology has no such pages reserved")
+    expected = {kind: one_node_output(runtime, kind, "int8", 5) for kind in KINDS.values()}
+
+    def placed() -> list[tuple[dict, list[dict], list[dict], float]]:
+        huge = native.Runtime(layout_of(pages=pages))
+        found = []
+        for kind in KINDS.values():
+            weights, placement = place(huge, kind, "int8", PlacementSpec("mirror"))
+            rows = report(huge, weights, placement).require().rows
+            addresses = [buffer.address for buffer in weights.weights.buffers()]
+            sizes = [syscalls.page_sizes(address, PAGE) for address in addresses]
+            off = difference(weights.forward(5), expected[kind])
+            found.append((total(found_pages(weights)), [row.page_bytes for row in rows], sizes, off))
+        return found
+
+    for per_node, reported, sizes, off in in_child(placed):
+        assert set(per_node) == {node.os_node for node in runtime.layout.nodes}
+        for pages_of_row in reported:
+            assert set(pages_of_row) == {size}
+        assert all(set(of_mapping) == {size} for of_mapping in sizes)
+        assert off <= ROUNDING
+
+
 def test_weights_on_a_memory_only_node_are_computed_nearby(lab, full_nodes):
     memory_only = [node for node in lab.with_memory if node not in lab.with_cpus]
     if not memory_only:

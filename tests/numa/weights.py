@@ -80,10 +80,15 @@ class Experts:
     """Packed experts, two for each token."""
 
     module = "layers.0.mlp.experts"
-    hidden, intermediate = 32, 512
-    multiple = 64
+    hidden = 32
+
+    @staticmethod
+    def multiple(format: str) -> int:
+        """As the operator says: fp8 has a scale for each 128 inputs of the down projection."""
+        return 128 if format == "fp8" else 64
 
     def __init__(self, runtime: native.Runtime, format: str, parts: Sequence[Part]) -> None:
+        self.intermediate = 8 * self.multiple(format)
         self.weights = native.ExpertsWeights(
             runtime,
             experts=EXPERTS,
@@ -105,9 +110,10 @@ class Experts:
 
     @classmethod
     def units(cls, format: str) -> Units:
-        whole = [Part((0,), False, (0,), 0, cls.intermediate)]
-        bytes = native.experts_packed_bytes(EXPERTS, cls.hidden, cls.intermediate, WeightFormat(format), False, whole)
-        return Units(cls.intermediate, cls.multiple, sum(bytes))
+        intermediate = 8 * cls.multiple(format)
+        whole = [Part((0,), False, (0,), 0, intermediate)]
+        bytes = native.experts_packed_bytes(EXPERTS, cls.hidden, intermediate, WeightFormat(format), False, whole)
+        return Units(intermediate, cls.multiple(format), sum(bytes))
 
     def forward(self, tokens: int) -> array:
         x, out = floats(tokens, self.hidden, 4), array("f", bytes(4 * tokens * self.hidden))

@@ -304,6 +304,7 @@ def test_units_and_footprint():
     units = Experts.units(module, PackedParams(format="int8"))
     assert units.count == 320 and units.multiple == 64 and units.packed_bytes >= 3 * 8 * 64 * 320
     assert Experts.units(module, PackedParams(format="int4", group=128)).multiple == 128
+    assert Experts.units(module, PackedParams(format="fp8")).multiple == 128
     for policy in ("shard", "mirror"):
         footprint = Experts.footprint(module, PackedParams(), place(policy, 2, 320, 64), "cpu")
         assert 0.9 * units.packed_bytes / 4 <= footprint.bytes_per_token <= 1.2 * units.packed_bytes / 4
