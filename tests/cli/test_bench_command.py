@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -63,3 +68,44 @@ def test_a_wrong_manifest_stays_as_it_is(tmp_path):
 def test_a_preset_is_not_written_to():
     with pytest.raises(ConfigurationError, match="a rule file of your own"):
         bench_command.manifest_path("family/generic")
+
+
+@pytest.mark.slow
+def test_the_real_model_is_measured_and_its_figures_shared(smollm2_gguf, tmp_path):
+    """bench --share --json in a process of its own; what it wrote is read back by `rules show` and `rules list`."""
+    presets = tmp_path / "mine"
+    presets.mkdir()
+    (presets / "dense.yaml").write_text("schema: 1\ndescription: d\nextends: auto\nvars: {format: int4}\n")
+
+    def numagraft(*arguments: str, code: int = 0) -> str:
+        environment = {**os.environ, "NUMAGRAFT_RULES_PATH": str(presets), "COLUMNS": "200"}
+        done = subprocess.run(
+            [sys.executable, "-m", "numagraft", *arguments],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    asked = ("--prompt-tokens", "32", "--new-tokens", "4", "--repeat", "1")
+    bench = ("bench", str(smollm2_gguf), "--rules", str(presets / "dense.yaml"), *asked)
+    found = json.loads(numagraft(*bench, "--share", "--json").splitlines()[-1])
+    assert found["model"] == smollm2_gguf.name and (found["prompt_tokens"], found["new_tokens"]) == (32, 4)
+    assert found["prefill_tokens_per_s"] > found["decode_tokens_per_s"] > 0 and found["strict"] is True
+    assert found["machine"]["cores"] >= 1 and set(found["versions"]) == {"numagraft", "torch", "transformers"}
+    assert isinstance(found["distortions"], list)
+    assert found["distortions"] == bench_command.distortions(Platform.detect()) or any(
+        "load average" in text for text in found["distortions"]
+    )
+    assert str(tmp_path) not in json.dumps(found), "what is shared names no place on this machine"
+
+    shown = json.loads(numagraft("rules", "show", "mine/dense", "--json"))
+    assert shown["manifest"]["status"] == "measured" and shown["manifest"]["validated_on"] == [found]
+    text = numagraft("rules", "show", "mine/dense")
+    assert f"decode {found['decode_tokens_per_s']:,.1f} tokens/s (4 tokens)" in text
+    assert any(
+        row["name"] == "mine/dense" and row["status"] == "measured"
+        for row in json.loads(numagraft("rules", "list", "--json"))
+    )
+    numagraft("rules", "validate", str(presets))
+    numagraft(*bench, "--share", "--set", "vars.format=int8", code=2)
+    assert json.loads(numagraft("rules", "show", "mine/dense", "--json"))["manifest"]["validated_on"] == [found]

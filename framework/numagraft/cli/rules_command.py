@@ -80,7 +80,21 @@ def show(
             if manifest.get(key):
                 typer.echo(f"# {key}: {manifest[key]}")
         for each in manifest.get("validated_on") or []:
-            typer.echo(f"# validated: {json.dumps(each)}")
+            typer.echo(f"# validated: {_validated(each)}")
+
+
+def _validated(entry: dict[str, Any]) -> str:
+    """One measurement of a manifest on one line; `--json` has all of it."""
+    machine, versions = entry["machine"], entry.get("versions") or {}
+    speeds = [
+        f"{phase} {entry[f'{phase}_tokens_per_s']:,.1f} tokens/s ({entry.get(f'{tokens}_tokens', '?')} tokens)"
+        for phase, tokens in (("prefill", "prompt"), ("decode", "new"))
+        if f"{phase}_tokens_per_s" in entry
+    ]
+    facts = [f"{key} {machine[key]}" for key in ("cpu", "isa", "numa_nodes", "cores", "memory_gib") if key in machine]
+    made_with = [f"{name} {number}" for name, number in versions.items()]
+    distorted = [f"distorted: {text}" for text in entry.get("distortions") or []]
+    return "; ".join([f"{entry['date']} {entry['model']}", *speeds, ", ".join(facts), ", ".join(made_with), *distorted])
 
 
 @rules_app.command("match")
