@@ -1,6 +1,7 @@
 """A stranger's first ten minutes, in a fresh directory: init, edit, lint, plan, run, pack, install elsewhere, run again.
 
-NUMAGRAFT_PYTHON names another interpreter to do it with (that of an environment with the installed wheel).
+NUMAGRAFT_PYTHON names another interpreter to do it with (that of an environment with the installed wheel), and
+NUMAGRAFT_OTHER_PYTHON the one of the environment elsewhere: `make wheel-test` gives both.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import sys
 import pytest
 
 PYTHON = os.environ.get("NUMAGRAFT_PYTHON", sys.executable)
+OTHER = os.environ.get("NUMAGRAFT_OTHER_PYTHON", PYTHON)
 MANIFEST = "schema: 1\nstatus: planned, not measured\nmemory: 0.63 bytes per weight\nfirmware: none\nvalidated_on: []\n"
 
 
-def numagraft(*arguments: str, cwd, home, code: int = 0) -> str:
+def numagraft(*arguments: str, cwd, home, python: str = PYTHON, code: int = 0) -> str:
     environment = {**os.environ, "NUMAGRAFT_RULES_HOME": str(home), "COLUMNS": "160"}
     done = subprocess.run(
-        [PYTHON, "-m", "numagraft", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        [python, "-m", "numagraft", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -34,7 +36,11 @@ def test_from_nothing_to_a_shared_preset(tmp_path, smollm2_gguf):
     mine.mkdir()
     theirs.mkdir()
     own = {"cwd": mine, "home": mine / "home"}
-    other = {"cwd": theirs, "home": theirs / "home"}
+    other = {"cwd": theirs, "home": theirs / "home", "python": OTHER}
+    for python in {PYTHON, OTHER} - {sys.executable}:
+        where = "import numagraft, sys; print(numagraft.__file__.startswith(sys.prefix))"
+        found = subprocess.run([python, "-c", where], cwd=mine, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == "True", "the wheel is not what is tested"
 
     numagraft("init", model, **own)
     rules = mine / "rules.yaml"
@@ -68,8 +74,4 @@ def test_from_nothing_to_a_shared_preset(tmp_path, smollm2_gguf):
     numagraft("rules", "add", "shared.tar.gz", **other)
     assert "shared/small" in numagraft("rules", "list", **other)
     second = json.loads(numagraft("run", model, "-r", "shared/small", *prompt, **other).splitlines()[-1])
-    text_of = [
-        next(value for key, value in answer.items() if key in ("text", "answer", "output"))
-        for answer in (first, second)
-    ]
-    assert text_of[0] == text_of[1]
+    assert second["text"] == first["text"]
