@@ -55,6 +55,15 @@ BAD: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
 }
 
 
+class Letters:
+    """A tokenizer, which is looked at before any weight."""
+
+    chat_template = None
+
+    def __call__(self, prompt: str, return_tensors: str) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([[ord(letter) % 64 for letter in prompt]])}
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_run_refuses_in_one_paragraph(
     what: str, tmp_path: Path, smollm2_gguf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -62,6 +71,7 @@ def test_run_refuses_in_one_paragraph(
     spoil, remedy = BAD[what]
     model = spoil(models.save(models.build(models.llama()), tmp_path / "model", max_shard_size="100KB"), smollm2_gguf)
     capsys.readouterr()
+    monkeypatch.setattr("numagraft.checkpoints.load_tokenizer", lambda model: Letters())
     monkeypatch.setattr(sys, "argv", ["numagraft", "run", str(model), "--prompt", "hello", "--quiet"])
     with pytest.raises(SystemExit) as caught:
         main.run()
@@ -70,3 +80,16 @@ def test_run_refuses_in_one_paragraph(
     assert printed.err.startswith("numagraft: ") and remedy in printed.err and str(model) in printed.err
     assert "Traceback" not in printed.err and len(printed.err) < 3000
     assert printed.out == ""
+
+
+def test_a_tokenizer_without_files_is_told_before_any_weight_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes an empty tokenizer for some model types, and a prompt of no tokens fails deep inside the model."""
+    model = models.save(models.build(models.qwen3_moe()), tmp_path / "model")
+    monkeypatch.setattr("numagraft.loading.Load.take", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(sys, "argv", ["numagraft", "run", str(model), "--prompt", "hello", "--quiet"])
+    with pytest.raises(SystemExit) as caught:
+        main.run()
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and "put tokenizer.json and tokenizer_config.json beside the weights" in printed.err

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from numagraft.cli.console import open_console
-from numagraft.errors import ConfigurationError
+from numagraft.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from numagraft.planning import Plan
 
 @dataclass(frozen=True)
 class Speed:
@@ -104,6 +105,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> dic
     )
 
 
+def refuse_unfit_tokens(ids: torch.Tensor, model: str) -> None:
+    """Raises CheckpointError where a prompt became no tokens: without files transformers makes an empty tokenizer."""
+    if not ids.numel():
+        raise CheckpointError(
+            f"the tokenizer of {model} makes no tokens of the prompt: put tokenizer.json and tokenizer_config.json beside "
+            "the weights"
+        )
+
+
 def run(
     model: Annotated[str, typer.Argument(help="A local directory, a GGUF file, or a hub id.", metavar="MODEL")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask; '-' reads standard input.")],
@@ -135,21 +145,31 @@ def run(
     transformers_logging.set_verbosity_error()
     console = open_console(stderr=not talk)
     started = time.perf_counter()
+    prepared: list[tuple[PreTrainedTokenizerBase, dict[str, torch.Tensor]]] = []
     with LoadingBar(console, shown=talk) as bar:
+
+        def before_reading(made: Plan) -> None:
+            if talk:
+                bar.show_plan(made)
+            # what is wrong with the tokenizer is told before minutes of loading, not after
+            tokenizer = load_tokenizer(model)
+            inputs = encode(tokenizer, prompt, raw=raw)
+            refuse_unfit_tokens(inputs["input_ids"], model)
+            prepared.append((tokenizer, inputs))
+
         grafted = load_and_optimize(
             model,
             rules=rules,
             overrides=tuple(settings or ()),
             progress=bar,
-            on_plan=bar.show_plan if talk else None,
+            on_plan=before_reading,
             plan=plan,
         )
     load_seconds = time.perf_counter() - started
     report = grafted.placement_report()
     if talk:
         console.print(report)
-    tokenizer = load_tokenizer(model)
-    inputs = encode(tokenizer, prompt, raw=raw)
+    tokenizer, inputs = prepared[0]
     text, speed = answer(
         grafted, tokenizer, inputs, max_new_tokens=max_new_tokens, stream_to=None if as_json else sys.stdout
     )

@@ -13,6 +13,7 @@ from numagraft.errors import NumagraftError
 from numagraft.matching import satisfying
 from numagraft.placement import PlacementSpec, parse
 from numagraft.planning import make_plan
+from numagraft.platform.ids import format_list
 from numagraft.roles import survey
 from numagraft.rulefile.problems import Problems
 from numagraft.rulefile.rules import Location, RuleSet
@@ -124,8 +125,7 @@ def _on_model(rules: RuleSet, model: nn.Module, title: str) -> Iterator[Finding]
                     yield Finding(
                         "warning",
                         str(rule.mark("match.name")),
-                        f"rule {rule.id!r} takes layers {min(layers)}-{max(layers)} "
-                        f"but not {', '.join(map(str, missing[:5]))}",
+                        f"rule {rule.id!r} takes layers {format_list(layers)}, but not {format_list(missing)} between them",
                         "a pattern over digits that leaves some out; use layers: instead",
                         title,
                     )
