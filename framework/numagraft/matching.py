@@ -185,7 +185,11 @@ def _check_counts(
             mine = set(satisfied[rule.id])
             takers = [other for other in rules[:position] if mine & _taken(decided[other.id], mine)]
             takers += [other for other in rules[position + 1 :] if mine & _below(decided[other.id], mine)]
-            by = " and ".join(repr(other.id) for other in takers) or "a kept module with `recursive: false`"
+            by = " and ".join(repr(other.id) for other in takers)
+            keepers = [other for other in rules[:position] if other.on_unavailable == "keep" and mine & set(satisfied[other.id])]
+            if not by and keepers:
+                by = " and ".join(repr(other.id) for other in keepers) + ", or kept by its `on_unavailable: keep`"
+            by = by or "a kept module with `recursive: false`"
             text = f"rule {rule.id!r} is shadowed: everything that it matches is taken by {by}"
             if rule.inherited or rule.optional:
                 notes.append(f"{rule.location}: {text}")

@@ -61,6 +61,39 @@ def test_recursive_false_stops_below_a_kept_module():
     assert len(run(dense(), {**keep, "recursive": False}, {"match": {"role": "linear"}})) == 1 + 14
 
 
+def test_a_rule_takes_the_text_tower_unless_told():
+    from tests.roles import families
+
+    model = families.build("Gemma 3")
+
+    def towers(**condition):
+        return {"vision" if "vision" in name or "projector" in name else "text" for name in run(model, {"match": condition})}
+
+    assert towers(role="linear") == towers(role="linear", tower="text") == {"text"}
+    assert towers(role="linear", tower="vision") == {"vision"}
+    assert towers(role="linear", tower="any") == {"text", "vision"}
+
+
+def test_a_rule_that_gives_way_to_none_leaves_the_module_and_goes_into_its_children():
+    rules = [
+        {"id": "blocks", "match": {"role": "moe"}, "replace": {"class": "experts"}, "on_unavailable": "keep"},
+        {"id": "later", "match": {"role": "moe"}, "replace": {"class": "torch"}, "optional": True},
+        {"id": "experts", "match": {"role": "experts"}, "replace": {"class": "experts"}, "optional": True},
+    ]
+
+    def decided(verdict):
+        def judge(info, rule):
+            return verdict if rule.id == "blocks" else "take"
+
+        return {id_: len(names) for id_, names in match(moe(), load_rules(rules), judge=judge).decided.items()}
+
+    assert decided("keep") == {"blocks": 0, "later": 0, "experts": 3}, "the children are looked at, later rules are not"
+    assert decided("next") == {"blocks": 0, "later": 3, "experts": 0}
+    rules[1]["optional"] = False
+    with pytest.raises(RuleError, match="'later' is shadowed: .* is taken by 'blocks', or kept by its `on_unavailable: keep`"):
+        decided("keep")
+
+
 def test_class_goes_through_bases_and_packages():
     for name in ("torch.nn.Linear", "torch.nn.modules.linear.Linear", "Linear"):
         assert len(run(dense(), {"match": {"class": name}})) == 22

@@ -152,3 +152,13 @@ def test_a_cycle_is_named(tmp_path):
     write(tmp_path, HEAD + "extends: ./a.yaml\n", "b.yaml")
     with pytest.raises(RuleError, match=r"extends itself: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
         load_rules(tmp_path / "a.yaml", platform=ONE_NODE)
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "${name:x}", "${runtime.nodes:1}", "${rules.a}", "${vars}"])
+@pytest.mark.parametrize("where", ["vars", "replace"])
+def test_resolvers_and_other_scopes_are_refused(text, where):
+    given = {"vars": {"a": text if where == "vars" else 1}, "rules": [{"id": "x", "match": {"role": "linear"}}]}
+    given["rules"][0]["replace"] = {"class": "linear", "kwargs": {"format": text if where == "replace" else "int8"}}
+    with pytest.raises(RuleError) as caught:
+        load_rules(given, platform=ONE_NODE)
+    assert text in str(caught.value)

@@ -107,3 +107,72 @@ def test_a_fresh_process_refuses_within_little_memory(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert shown.stdout.strip() == "refused", shown.stderr
+
+
+#: what is hostile, by the name of its file; the bars are those of one fresh process that reads all of them
+HOSTILE = {
+    "alias-bomb.yaml": "schema: 1\nvars:\n  a: &a [x]\n" + "".join(f"  b{i}: &b{i} [*a, *a]\n" for i in range(40)),
+    "deep.yaml": "schema: 1\nvars: " + "[" * 900_000,
+    "duplicate.yaml": "schema: 1\nschema: 1\n" + RULE,
+    "tabs.yaml": "schema: 1\nrules:\n\t- {id: a}\n",
+    "merge.yaml": "schema: 1\nvars: {<<: {a: 1}}\n" + RULE,
+    "latin.yaml": b"schema: 1\ndescription: \xe9\n",
+    "self.yaml": "schema: 1\nextends: ./self.yaml\n" + RULE,
+    "ping.yaml": "schema: 1\nextends: ./pong.yaml\n" + RULE,
+    "pong.yaml": "schema: 1\nextends: ./ping.yaml\n",
+    "traversal.yaml": "schema: 1\nextends: [../../../etc/passwd.yaml, /etc/passwd.yaml]\n" + RULE,
+    "dotted.yaml": "schema: 1\nrules:\n  - {id: a, match: {role: linear}, replace: {class: os.system}}\n",
+    "resolver.yaml": "schema: 1\nvars: {a: '${oc.env:HOME}'}\n" + RULE,
+    "doubling.yaml": "schema: 1\nvars:\n  a0: x\n" + "".join(f"  a{i}: '${{vars.a{i - 1}}}${{vars.a{i - 1}}}'\n" for i in range(1, 60)) + RULE,
+    "pattern.yaml": "schema: 1\nrules:\n  - {id: a, match: {name: '" + "(" * 900 + "a" + ")" * 900 + "+"
+    + "'}, replace: {class: linear}}\n  - {id: b, match: {name: '((((a{1,900}){1,900}){1,900}){1,900}'}, replace: {class: linear}}\n",
+    "escape.yaml.j2": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "time.yaml.j2": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "memory.yaml.j2": "{{ 'a' * 9000000000 }}",
+    "power.yaml.j2": "{{ 9 ** (9 ** 9) }}",
+}  # fmt: skip
+READ_ALL = """
+import json, resource, sys, time
+from numagraft.platform import Platform
+from numagraft.rulefile import load_rules
+def spent():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+here, found = Platform.virtual(1), {}
+load_rules("family/generic", platform=here)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    begin = spent()
+    try:
+        load_rules(path, platform=here)
+        said = ""
+    except ValueError as error:
+        said = f"{type(error).__name__}: {error}"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+    found[path] = (said, spent() - begin, grown / 1024)
+print(json.dumps(found))
+"""
+
+
+def test_each_hostile_file_costs_less_than_two_seconds_and_little_memory(tmp_path):
+    """Processor time with that of the child that renders templates; memory is the peak over all files so far."""
+    import json
+
+    paths = []
+    for name, text in HOSTILE.items():
+        path = tmp_path / "files" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        paths.append(str(path))
+    huge = tmp_path / "files" / "huge.yaml"
+    with huge.open("wb") as file:
+        file.truncate(100_000_000)
+    shown = subprocess.run(
+        [sys.executable, "-c", READ_ALL, *paths, str(huge)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert len(found) == len(HOSTILE) + 1
+    wrong = {path: result for path, result in found.items() if not result[0].startswith("RuleError: ")}
+    assert not wrong, "not refused"
+    assert max(seconds for _, seconds, _ in found.values()) < 2, found
+    assert max(mib for _, _, mib in found.values()) < 200, found
