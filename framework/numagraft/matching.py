@@ -186,9 +186,10 @@ def _check_counts(
             takers = [other for other in rules[:position] if mine & _taken(decided[other.id], mine)]
             takers += [other for other in rules[position + 1 :] if mine & _below(decided[other.id], mine)]
             by = " and ".join(repr(other.id) for other in takers)
-            keepers = [other for other in rules[:position] if other.on_unavailable == "keep" and mine & set(satisfied[other.id])]
+            keepers = [other for other in rules[:position] if other.on_unavailable == "keep"]
+            keepers = [repr(other.id) for other in keepers if mine & set(satisfied[other.id])]
             if not by and keepers:
-                by = " and ".join(repr(other.id) for other in keepers) + ", or kept by its `on_unavailable: keep`"
+                by = " and ".join(keepers) + ", or kept by its `on_unavailable: keep`"
             by = by or "a kept module with `recursive: false`"
             text = f"rule {rule.id!r} is shadowed: everything that it matches is taken by {by}"
             if rule.inherited or rule.optional:

@@ -90,7 +90,7 @@ def test_a_rule_that_gives_way_to_none_leaves_the_module_and_goes_into_its_child
     assert decided("keep") == {"blocks": 0, "later": 0, "experts": 3}, "the children are looked at, later rules are not"
     assert decided("next") == {"blocks": 0, "later": 3, "experts": 0}
     rules[1]["optional"] = False
-    with pytest.raises(RuleError, match="'later' is shadowed: .* is taken by 'blocks', or kept by its `on_unavailable: keep`"):
+    with pytest.raises(RuleError, match=r"'later' is shadowed: .* is taken by 'blocks', or kept by its `on_unavailable: keep`"):
         decided("keep")
 
 
