@@ -149,7 +149,7 @@ def test_a_plan_survives_json_and_is_printable():
     made = plan(moe())
     assert Plan.from_json(made.to_json()) == made
     text = str(made)
-    for piece in ("model.layers.{0-2}.mlp.experts", "generic.yaml:", "int8", "node 1", "kept torch tensors"):
+    for piece in ("read per token\n", "model.layers.{0-2}.mlp.experts", "generic.yaml:", "int8", "node 1", "kept torch tensors"):
         assert piece in text
     with pytest.raises(PlanError, match="not JSON"):
         Plan.from_json("{")

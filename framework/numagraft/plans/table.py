@@ -141,8 +141,12 @@ def _modules(plan: Plan) -> Table:
 
 
 def _rules(plan: Plan) -> list[str]:
-    """Every rule that decided something, and where it stands (the table of modules has no room for that)."""
-    return list(dict.fromkeys(f"{module.rule_id}: {module.location}" for module in plan.modules))
+    """Every rule that decided something, where it stands and what one token reads of it (the table has no room for that)."""
+    read: dict[str, int] = {}
+    for module in plan.modules:
+        key = f"{module.rule_id}: {module.location}"
+        read[key] = read.get(key, 0) + module.bytes_per_token
+    return [f"{key}, {format_size(amount)} read per token" if amount else key for key, amount in read.items()]
 
 
 def _memory(plan: Plan) -> Table:
