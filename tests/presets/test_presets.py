@@ -84,10 +84,11 @@ def plan(title: str, rules, platform: Platform):
 def test_a_preset_is_well_formed_and_has_a_manifest(name):
     preset = presets.find(name)
     assert preset.source.kind == "bundled"
-    if name != "auto":
-        manifest = preset.manifest()
-        assert manifest["memory"] and manifest["firmware"]
-        assert (manifest["status"] == "measured") == bool(manifest["validated_on"])
+    manifest = preset.manifest()
+    assert manifest["memory"] and manifest["firmware"]
+    assert (manifest["status"] == "measured") == bool(manifest["validated_on"])
+    for entry in manifest["validated_on"]:
+        assert entry["prefill_tokens_per_s"] > 0 and entry["decode_tokens_per_s"] > 0 and "/" not in entry["model"]
     platform = MACHINES.get(name, MACHINES["platform/one-node"])
     if name.startswith("platform/") and "gpu" not in name:
         with pytest.raises(RuleError, match="no rules"):

@@ -52,6 +52,7 @@ def bench(
         "date": date.today().isoformat(),
         "machine": machine_facts(platform),
         "model": Path(model).name,
+        "rules": Path(rules).name if Path(rules).is_file() else rules,
         "versions": {name: version(name) for name in ("numagraft", "torch", "transformers")},
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -125,7 +126,7 @@ def machine_facts(platform: Platform) -> dict[str, Any]:
         "numa_nodes": len(platform.usable_nodes),
         "cores": len(platform.cores()),
         "memory_gib": memory >> 30,
-        "kernel": platform.kernel.release,
+        "kernel": platform.kernel.release.partition("-")[0],  # what follows may name who built it
     }
 
 

@@ -330,7 +330,7 @@ def convert_flags(arguments: Sequence[str]) -> Conversion:
         elif key == "--kt-weight-path":
             result.notes.append(f"{key}: the model's own checkpoint is read; pass it as MODEL")
         else:
-            result.notes.append(f"{key} {value}: has no counterpart")
+            result.notes.append(f"{' '.join((key, value)).strip()}: has no counterpart")
     if runtime:
         lines.append(f"runtime: {{{', '.join(runtime)}}}")
     result.text = "\n".join(lines) + "\n"

@@ -41,6 +41,7 @@ VALIDATED = Record(
         "date": Field(Text("a date"), "day of the measurement", required=True),
         "machine": Field(Facts(), "fingerprint of the machine", required=True),
         "model": Field(Text(), "what was run", required=True),
+        "rules": Field(Text(), "rule file or presets that were measured together"),
         "versions": Field(Facts(), "numagraft, torch, transformers, kernel"),
         "prompt_tokens": Field(Number(), "tokens of the prompt"),
         "new_tokens": Field(Number(), "tokens generated"),
