@@ -54,7 +54,9 @@ CpuFeatures detect_cpu_features() {
   features.avx512 = features.avx2 && zmm && bit(extended.b, 16) && bit(extended.b, 17) && bit(extended.b, 28) &&
                     bit(extended.b, 30) && bit(extended.b, 31);
   features.avx512_vnni = features.avx512 && bit(extended.c, 11);
-  features.amx = features.avx512_vnni && bit(extended.c, 1) && tiles && bit(extended.d, 22) && bit(extended.d, 24) && bit(extended.d, 25) &&
+  const bool bf16 = extended.a >= 1 && bit(leaf(7, 1).a, 5);
+  const bool floats = bf16 && bit(extended.d, 23);  // AVX512_FP16
+  features.amx = features.avx512_vnni && floats && bit(extended.c, 1) && tiles && bit(extended.d, 22) && bit(extended.d, 24) && bit(extended.d, 25) &&
                  tile_permission();
   return features;
 }

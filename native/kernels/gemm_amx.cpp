@@ -1,8 +1,9 @@
 // AMX tiles: 16 x 64 bytes times 64 bytes x 16. A panel is worked through in chunks whose weights stay in L1; int4, mxfp4
 // and fp8 chunks are expanded there first. A single row is left to the vector kernels: it waits for memory anyway.
-#include "kernels/gemm_float.h"
+#include "kernels/gemm_single.h"
 #include "kernels/gemm_vnni.h"
 #include "kernels/kernel_table.h"
+#include "kernels/simd.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
@@ -109,8 +110,9 @@ struct Ahead {
   std::int64_t first_line;   // this block's share of a unit's cache lines
   std::int64_t last_line;
 
+  // A single block waits for memory all along, and memory answers best when it is asked shortly before.
   Ahead(const std::byte* weights, std::int64_t chunk_bytes, std::int64_t bytes, int block, int blocks)
-      : from(weights + chunk_bytes),
+      : from(weights + (blocks == 1 ? kPrefetchAhead : chunk_bytes)),
         unit_bytes(bytes),
         first_line(bytes / 64 * block / blocks),
         last_line(bytes / 64 * (block + 1) / blocks) {}
@@ -372,17 +374,29 @@ void bf16_block(const std::byte* weights, const Ahead& ahead, const RowBlock& bl
   if (!whole) __builtin_memcpy(c, sums, static_cast<std::size_t>(block.rows) * kRowBytes);
 }
 
+// Scaled, so that a panel's sums need no visit every 128 inputs; rounded half away from zero.
 void expand_fp8(const std::byte* unit, const float* side, std::byte* to) {
+  const E4m3AsF16 convert;
+  const __m512i half_step = _mm512_set1_epi32(0x8000);
+  alignas(64) std::uint16_t halves[2][32];
   for (int half = 0; half < 2; ++half) {
     for (int t = 0; t < 2; ++t) {
-      const F scale = load<F>(side + t * kLanes);
-      for (int pair = 0; pair < 16; ++pair) {
-        F even;
-        F odd;
-        weight_pair<WeightKind::fp8>(unit + half * 1024 + t * 512 + pair * 32, even, odd);
-        const U low = __builtin_convertvector(to_bf16(even * scale), U);
-        const U high = __builtin_convertvector(to_bf16(odd * scale), U);
-        store(to + half * 2048 + t * 1024 + pair * 64, low | (high << 16));
+      const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(side + t * kTileColumns), _mm512_set1_ps(kE4m3F16Scale));
+      for (int line = 0; line < 8; ++line) {
+        const __m512i bytes = _mm512_loadu_si512(unit + half * 1024 + t * 512 + line * 64);
+        store_bytes(halves[0], E4m3AsF16::even(convert, bytes));
+        store_bytes(halves[1], E4m3AsF16::odd(convert, bytes));
+        __asm__("" : "+m"(halves));  // the conversion is to read memory: it then needs no shuffle
+#pragma GCC unroll 2
+        for (int pair = 0; pair < 2; ++pair) {
+          const __m512i even = _mm512_castps_si512(_mm512_mul_ps(load_f16(halves[0] + pair * 16), scale));
+          const __m512i odd = _mm512_castps_si512(_mm512_mul_ps(load_f16(halves[1] + pair * 16), scale));
+          const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(even, half_step), 16);
+          const __m512i high = _mm512_add_epi32(odd, half_step);
+          // the upper halves of `high`, the rest from `low`
+          const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(0xFFFF0000u)), high, low, 0xCA);
+          _mm512_store_si512(to + half * 2048 + t * 1024 + (line * 2 + pair) * 64, both);
+        }
       }
     }
   }
@@ -427,12 +441,14 @@ void gemm(const GemmArgs& a) {
   if (a.blocks[0].stride_rows < 16) {  // a single row
     switch (kind) {
       case WeightKind::bf16:
-        return gemm_float<WeightKind::bf16, true>(a);
       case WeightKind::fp8:
-        return gemm_float<WeightKind::fp8, true>(a);
+        return gemm_single_rows(a);
       default:
         return gemm_vnni(a);
     }
+  }
+  if ((kind == WeightKind::int4 || kind == WeightKind::mxfp4) && a.block_count == 1 && a.blocks[0].rows < kReroundRowsFrom) {
+    return gemm_vnni(a);  // re-rounding a chunk takes longer than its few products
   }
   configure_tiles();
   switch (kind) {

@@ -1,130 +1,166 @@
 #pragma once
 
-// bf16 and fp8 weights times fp32 or bf16 inputs, widened to fp32 in registers: on these CPUs a shift and an fma beat the
-// bf16 dot product. Included by one translation unit of each ISA that needs it; everything is internal to it.
+// bf16 and fp8 weights times fp32 inputs, widened to fp32 in registers. Included by one translation unit of each ISA that
+// needs it; everything is internal to it.
 #include "kernels/kernel_table.h"
-#include "kernels/simd.h"
+#include "kernels/registers.h"
 
 namespace numagraft {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kFloatRows = 6;
-#else
-constexpr int kFloatRows = 3;
-#endif
-constexpr std::int64_t kPrefetchAhead = 4096;
-
-NUMAGRAFT_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p + kPrefetchAhead, 0, 2); }
-
-template <bool bf16_inputs>
-NUMAGRAFT_INLINE void input_pair(const std::byte* p, F& even, F& odd) {
-  if constexpr (bf16_inputs) {
-    std::uint32_t pair;
-    __builtin_memcpy(&pair, p, 4);
-    const U both = U{} + pair;
-    even = (F)(both << 16);
-    odd = (F)(both & 0xFFFF0000u);
-  } else {
-    float x[2];
-    __builtin_memcpy(x, p, 8);
-    even = splat(x[0]);
-    odd = splat(x[1]);
-  }
-}
-
+constexpr int kFloatVectors = 2 * kParts;  // of results per row and panel
 template <WeightKind kind>
-NUMAGRAFT_INLINE void weight_pair(const std::byte* p, F& even, F& odd) {
-  if constexpr (kind == WeightKind::bf16) {
-    const U pair = load<U>(p);
-    even = (F)(pair << 16);
-    odd = (F)(pair & 0xFFFF0000u);
-  } else {  // e4m3 as the top bits of an fp32 whose exponent is 120 too small, subnormals included
-    const U pair = __builtin_convertvector(load<U16>(p), U);
-    even = (F)(((pair & 0x7F) << 20) | ((pair & 0x80) << 24)) * splat(0x1p120f);
-    odd = (F)(((pair & 0x7F00) << 12) | ((pair & 0x8000) << 16)) * splat(0x1p120f);
-  }
-}
+constexpr int kFloatRows = kParts == 1 ? 6 : 3;  // as many as there are registers for
+constexpr std::int64_t kFloatChunkUnits = kChunkInputs / kUnitInputs / 2;
 
-template <WeightKind kind, bool bf16_inputs, int rows>
-void float_rows(const GemmArgs& a, std::int64_t panel, const RowBlock& block, int first_row, std::int64_t first_unit,
-                std::int64_t last_unit, float* c) {
-  constexpr int input_bytes = bf16_inputs ? 2 : 4;
-  constexpr int pair_bytes = kind == WeightKind::bf16 ? 64 : 32;  // 16 columns x 2 inputs
-  const Layout& layout = *a.layout;
-  F total[rows][2];
-  for (int r = 0; r < rows; ++r) {
-    for (int t = 0; t < 2; ++t) total[r][t] = first_unit == 0 ? F{} : load<F>(c + r * kPanelColumns + t * kLanes);
-  }
-  for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
-    const std::byte* x = block.low + (unit * block.stride_rows + first_row) * kUnitInputs * input_bytes;
-    F part[rows][2];
-    if constexpr (kind == WeightKind::fp8) {
-      for (int r = 0; r < rows; ++r) part[r][0] = part[r][1] = F{};
-    }
-    for (int half = 0; half < 2; ++half) {
-      for (int pair = 0; pair < 16; ++pair) {
-        F even[2];
-        F odd[2];
-        for (int t = 0; t < 2; ++t) {
-          const std::byte* at = w + (half * 32 + t * 16 + pair) * pair_bytes;
-          if (first_row == 0 && (pair_bytes == 64 || pair % 2 == 0)) prefetch(at);
-          weight_pair<kind>(at, even[t], odd[t]);
-        }
-        for (int r = 0; r < rows; ++r) {
-          F x_even;
-          F x_odd;
-          input_pair<bf16_inputs>(x + (r * kUnitInputs + half * 32 + pair * 2) * input_bytes, x_even, x_odd);
-          for (int t = 0; t < 2; ++t) {
-            F& sum = kind == WeightKind::fp8 ? part[r][t] : total[r][t];
-            sum += x_even * even[t];
-            sum += x_odd * odd[t];
-          }
-        }
-      }
-    }
-    if constexpr (kind == WeightKind::fp8) {
-      const float* scales = a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride;
-      for (int t = 0; t < 2; ++t) {
-        const F scale = load<F>(scales + t * kLanes);
-        for (int r = 0; r < rows; ++r) total[r][t] += part[r][t] * scale;
-      }
-    }
-  }
-  const bool last = last_unit == layout.units;
-  for (int r = 0; r < rows; ++r) {
+// fp8 weights of a chunk as fp16: [unit][half][tile][32 inputs][16 columns]. With AVX-512 a register holds two pairs of
+// inputs, so that every second and third input change places.
+constexpr std::int64_t kHalfUnit = kUnitInputs / 2 * kPanelColumns;
+constexpr int input_at(int place) { return kParts == 2 ? place : (place & ~3) | (place & 1) << 1 | (place & 2) >> 1; }
+NG_INLINE void expand_half_unit(const std::byte* bytes, std::uint16_t* to) {
+  const E4m3AsF16 convert;
+  for (int line = 0; line < 8; ++line) {
+#pragma GCC unroll 2
     for (int t = 0; t < 2; ++t) {
-      store(c + r * kPanelColumns + t * kLanes, last ? total[r][t] * splat(block.scale[first_row + r]) : total[r][t]);
+      const std::byte* from = bytes + t * 512 + line * 64;
+      prefetch_line(from);
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        const V pairs = load_bytes(from + part * kVectorBytes);
+        std::uint16_t* into = to + t * (kHalfUnit / 2) + line * 64 + part * kVectorBytes;
+        store_bytes(into, E4m3AsF16::even(convert, pairs));
+        store_bytes(into + kVectorBytes / 2, E4m3AsF16::odd(convert, pairs));
+      }
     }
   }
 }
 
-template <WeightKind kind, bool bf16_inputs, int rows>
-NUMAGRAFT_INLINE void float_rows_up_to(int count, const GemmArgs& a, std::int64_t panel, const RowBlock& block,
-                                       int first_row, std::int64_t first_unit, std::int64_t last_unit, float* c) {
+// Adds rows [0, rows) x 32 inputs. One row adds even and odd inputs up apart: one addition waits for the one before.
+template <int rows, int sums>
+NG_INLINE void f16_half_unit(const std::uint16_t* w, const float* x, VF (&sum)[rows][kFloatVectors][sums]) {
+#pragma GCC unroll 1
+  for (int four = 0; four < 8; ++four) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      VF weights[kFloatVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kFloatVectors; ++v) {
+        weights[v] = load_f16(w + v / kParts * (kHalfUnit / 2) + (four * 4 + i) * kTileColumns + v % kParts * kInt32s);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        const VF input = repeat(x[r * kUnitInputs + four * 4 + input_at(i)]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kFloatVectors; ++v) sum[r][v][i % sums] = fma(input, weights[v], sum[r][v][i % sums]);
+      }
+    }
+  }
+}
+
+template <int rows, int sums>
+NG_INLINE void bf16_half_unit(const std::byte* w, const float* x, bool fresh, VF (&sum)[rows][kFloatVectors][sums]) {
+  const V high_half = repeat32(static_cast<int>(0xFFFF0000u));
+#pragma GCC unroll 2
+  for (int pair = 0; pair < 16; ++pair) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kFloatVectors; ++v) {
+      const std::byte* from = w + v / kParts * 1024 + pair * 64 + v % kParts * kVectorBytes;
+      if (fresh && v % kParts == 0) prefetch_line(from);
+      const V both = load_bytes(from);
+      const VF even = as_floats(left16(both));
+      const VF odd = as_floats(bit_and(both, high_half));
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        sum[r][v][0] = fma(repeat(x[r * kUnitInputs + pair * 2]), even, sum[r][v][0]);
+        sum[r][v][sums - 1] = fma(repeat(x[r * kUnitInputs + pair * 2 + 1]), odd, sum[r][v][sums - 1]);
+      }
+    }
+  }
+}
+
+struct FloatStrip {
+  const RowBlock* block;
+  int first_row;
+  std::int64_t first_unit;  // of a chunk
+  std::int64_t last_unit;
+  bool fresh;               // first strip over these weights: they come from memory
+  std::uint16_t* expanded;  // fp8
+};
+
+template <WeightKind kind, int rows>
+void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, float* c) {
+  constexpr int sums = rows > 1 ? 1 : kParts == 1 ? 4 : 2;
+  // fp8 sums are scaled after every 128 inputs
+  constexpr std::int64_t together = kind == WeightKind::fp8 ? kFp8Block / kUnitInputs : kChunkInputs / kUnitInputs;
+  const Layout& layout = *a.layout;
+  const RowBlock& block = *strip.block;
+  for (std::int64_t first = strip.first_unit; first < strip.last_unit;) {
+    const std::int64_t boundary = (first / together + 1) * together;
+    const std::int64_t last = boundary < strip.last_unit ? boundary : strip.last_unit;
+    VF sum[rows][kFloatVectors][sums];
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < kFloatVectors; ++v) {
+        for (int s = 0; s < sums; ++s) sum[r][v][s] = zero_float();
+        if (kind == WeightKind::bf16 && first > 0) sum[r][v][0] = load_floats(c + r * kPanelColumns + v * kInt32s);
+      }
+    }
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const auto* x = reinterpret_cast<const float*>(block.low) + (unit * block.stride_rows + strip.first_row) * kUnitInputs;
+      const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kind == WeightKind::bf16) {
+          bf16_half_unit<rows, sums>(w + half * 2048, x + half * 32, strip.fresh, sum);
+        } else {
+          std::uint16_t* expanded = strip.expanded + ((unit - strip.first_unit) * 2 + half) * kHalfUnit;
+          if (strip.fresh) expand_half_unit(w + half * 1024, expanded);
+          f16_half_unit<rows, sums>(expanded, x + half * 32, sum);
+        }
+      }
+    }
+    for (int v = 0; v < kFloatVectors; ++v) {
+      VF scale = repeat(1.0f);
+      if constexpr (kind == WeightKind::fp8) {
+        const float* scales = a.side + panel * kPanelColumns + first * kUnitInputs / kFp8Block * a.side_stride;
+        scale = mul(load_floats(scales + v * kInt32s), repeat(kE4m3F16Scale));
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* to = c + r * kPanelColumns + v * kInt32s;
+        VF total = sum[r][v][0];
+        for (int s = 1; s < sums; ++s) total = add(total, sum[r][v][s]);
+        if constexpr (kind == WeightKind::fp8) total = first == 0 ? mul(total, scale) : fma(total, scale, load_floats(to));
+        if (last == layout.units) total = mul(total, repeat(block.scale[strip.first_row + r]));
+        store_floats(to, total);
+      }
+    }
+    first = last;
+  }
+}
+
+template <WeightKind kind, int rows>
+NG_INLINE void float_rows_up_to(int count, const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, float* c) {
   if constexpr (rows > 1) {
-    if (count < rows) {
-      return float_rows_up_to<kind, bf16_inputs, rows - 1>(count, a, panel, block, first_row, first_unit, last_unit, c);
-    }
+    if (count < rows) return float_rows_up_to<kind, rows - 1>(count, a, panel, strip, c);
   }
-  float_rows<kind, bf16_inputs, rows>(a, panel, block, first_row, first_unit, last_unit, c);
+  float_rows<kind, rows>(a, panel, strip, c);
 }
 
-template <WeightKind kind, bool bf16_inputs>
+// Strips of nearly equal heights, all of them over a chunk of a panel before the next: the chunk stays in L1.
+template <WeightKind kind>
 void gemm_float(const GemmArgs& a) {
-  const std::int64_t chunk = kChunkInputs / kUnitInputs / 2;
+  constexpr int most = kFloatRows<kind>;
+  alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
-      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kFloatChunkUnits) {
+      const std::int64_t last = first + kFloatChunkUnits < a.last_unit ? first + kFloatChunkUnits : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
-        const int strips = (block.rows + kFloatRows - 1) / kFloatRows;
+        const int strips = (block.rows + most - 1) / most;
         int row = 0;
-        for (int strip = 0; strip < strips; ++strip) {  // of nearly equal heights
+        for (int strip = 0; strip < strips; ++strip) {
           const int count = (block.rows - row + strips - strip - 1) / (strips - strip);
-          float_rows_up_to<kind, bf16_inputs, kFloatRows>(count, a, panel, block, row, first, last, c + row * kPanelColumns);
+          const FloatStrip next{&block, row, first, last, b == 0 && strip == 0, expanded};
+          float_rows_up_to<kind, most>(count, a, panel, next, c + row * kPanelColumns);
           row += count;
         }
         c += block.rows * kPanelColumns;

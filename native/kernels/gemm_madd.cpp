@@ -1,92 +1,19 @@
 // AVX2 and AVX-512 without VNNI: 16-bit multiply-adds. int8 weights are widened and meet the inputs' whole 16-bit integers;
 // nibbles times int8 halves are summed in 16 bits over a group, which cannot overflow: 8 x 2 x 15 x 127 = 30480.
-#include <immintrin.h>
-
 #include "kernels/gemm_float.h"
 #include "kernels/kernel_table.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-#define NG_INLINE static inline __attribute__((always_inline))
-
 #if defined(__AVX512BW__)
-typedef __m512i V;
-typedef __m512 VF;
-constexpr int kInt32s = 16;
 constexpr int kInt8Rows = 6;
 constexpr int kNibbleRows = 8;
-NG_INLINE V zero() { return _mm512_setzero_si512(); }
-NG_INLINE VF zero_float() { return _mm512_setzero_ps(); }
-NG_INLINE V load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
-NG_INLINE V widen_bytes(const std::byte* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-NG_INLINE V repeat32(int x) { return _mm512_set1_epi32(x); }
-NG_INLINE V repeat64(long long x) { return _mm512_set1_epi64(x); }
-NG_INLINE V add32(V a, V b) { return _mm512_add_epi32(a, b); }
-NG_INLINE V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
-NG_INLINE V add16(V a, V b) { return _mm512_add_epi16(a, b); }
-NG_INLINE V madd(V a, V b) { return _mm512_madd_epi16(a, b); }
-NG_INLINE V maddubs(V u, V s) { return _mm512_maddubs_epi16(u, s); }
-NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
-NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
-NG_INLINE V left7(V a) { return _mm512_slli_epi32(a, 7); }
-NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
-NG_INLINE V repeat128(__m128i x) { return _mm512_broadcast_i32x4(x); }
-NG_INLINE V ones16() { return _mm512_set1_epi16(1); }
-NG_INLINE V ones8(char x) { return _mm512_set1_epi8(x); }
-NG_INLINE VF to_floats(V a) { return _mm512_cvtepi32_ps(a); }
-NG_INLINE VF repeat(float x) { return _mm512_set1_ps(x); }
-NG_INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
-NG_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
-NG_INLINE VF load_floats(const float* p) { return _mm512_loadu_ps(p); }
-NG_INLINE void store_floats(float* p, VF v) { _mm512_storeu_ps(p, v); }
-NG_INLINE VF widen_bf16(const std::uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
-}
-NG_INLINE VF power_of_two(const std::byte* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 23));
-}
 #else
-typedef __m256i V;
-typedef __m256 VF;
-constexpr int kInt32s = 8;
 constexpr int kInt8Rows = 3;
 constexpr int kNibbleRows = 4;
-NG_INLINE V zero() { return _mm256_setzero_si256(); }
-NG_INLINE VF zero_float() { return _mm256_setzero_ps(); }
-NG_INLINE V load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-NG_INLINE V widen_bytes(const std::byte* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-NG_INLINE V repeat32(int x) { return _mm256_set1_epi32(x); }
-NG_INLINE V repeat64(long long x) { return _mm256_set1_epi64x(x); }
-NG_INLINE V add32(V a, V b) { return _mm256_add_epi32(a, b); }
-NG_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
-NG_INLINE V add16(V a, V b) { return _mm256_add_epi16(a, b); }
-NG_INLINE V madd(V a, V b) { return _mm256_madd_epi16(a, b); }
-NG_INLINE V maddubs(V u, V s) { return _mm256_maddubs_epi16(u, s); }
-NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
-NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
-NG_INLINE V left7(V a) { return _mm256_slli_epi32(a, 7); }
-NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
-NG_INLINE V repeat128(__m128i x) { return _mm256_broadcastsi128_si256(x); }
-NG_INLINE V ones16() { return _mm256_set1_epi16(1); }
-NG_INLINE V ones8(char x) { return _mm256_set1_epi8(x); }
-NG_INLINE VF to_floats(V a) { return _mm256_cvtepi32_ps(a); }
-NG_INLINE VF repeat(float x) { return _mm256_set1_ps(x); }
-NG_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
-NG_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
-NG_INLINE VF load_floats(const float* p) { return _mm256_loadu_ps(p); }
-NG_INLINE void store_floats(float* p, VF v) { _mm256_storeu_ps(p, v); }
-NG_INLINE VF widen_bf16(const std::uint16_t* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
-}
-NG_INLINE VF power_of_two(const std::byte* p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23));
-}
 #endif
-
 constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
-constexpr int kVectorBytes = kInt32s * 4;
-constexpr int kParts = kTileColumns / kInt32s;  // vectors of results per 16-column tile
 
 struct Strip {
   const RowBlock* block;
@@ -95,8 +22,6 @@ struct Strip {
   std::int64_t last_unit;
   bool fresh;
 };
-
-NG_INLINE void prefetch_line(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1); }
 
 // Widened, 4 inputs of a column fill 64 bits, so a multiply-add leaves two partial sums per column: twice the vectors.
 template <int rows>
@@ -115,7 +40,10 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
       const std::byte* w = weights + unit * layout.unit_bytes + t * 1024;
       const std::byte* x = block.low + (unit * block.stride_rows + strip.first_row) * kUnitInputs * 2;
       for (int i = 0; i < 16; ++i) {
-        if (strip.fresh) prefetch_line(w + i * 64);
+        if (strip.fresh && t == 0) {  // the other tile lies between this one's lines
+          prefetch_line(w + i * 64);
+          prefetch_line(w + 1024 + i * 64);
+        }
         V inputs[rows];
         for (int r = 0; r < rows; ++r) {
           long long four;
@@ -304,9 +232,9 @@ void gemm_strips(const GemmArgs& a) {
 void gemm(const GemmArgs& a) {
   switch (a.layout->kind) {
     case WeightKind::bf16:
-      return gemm_float<WeightKind::bf16, false>(a);
+      return gemm_float<WeightKind::bf16>(a);
     case WeightKind::fp8:
-      return gemm_float<WeightKind::fp8, false>(a);
+      return gemm_float<WeightKind::fp8>(a);
     case WeightKind::int8:
       return gemm_strips<Int8>(a);
     case WeightKind::mxfp4:

@@ -7,9 +7,9 @@ namespace numagraft::NUMAGRAFT_ISA {
 void gemm(const GemmArgs& a) {
   switch (a.layout->kind) {
     case WeightKind::bf16:
-      return gemm_float<WeightKind::bf16, false>(a);
+      return gemm_float<WeightKind::bf16>(a);
     case WeightKind::fp8:
-      return gemm_float<WeightKind::fp8, false>(a);
+      return gemm_float<WeightKind::fp8>(a);
     default:
       return gemm_vnni(a);
   }

@@ -9,8 +9,9 @@
 namespace numagraft {
 
 // What inputs look like to a kernel. `wide`: int16 integers; `halves`: the same integers q as two int8 halves,
-// q = 128 * high + low, the high half only where some |q| exceeds 127; `f32` and `bf16`: as they are.
-enum class RowForm : std::uint8_t { wide, halves, f32, bf16 };
+// q = 128 * high + low, the high half only where some |q| exceeds 127; `f32` and `bf16`: as they are; `bf16_f16`: as bf16,
+// and as fp16 whose largest lies between 512 and 1024.
+enum class RowForm : std::uint8_t { wide, halves, f32, bf16, bf16_f16 };
 
 inline constexpr int kBlockRows = 32;
 static inline std::int64_t element_bytes(RowForm form) {
@@ -21,8 +22,8 @@ static inline std::int64_t element_bytes(RowForm form) {
 // with 16 or 32 rows a unit is then one or two tile operands.
 struct RowBlock {
   const std::byte* low = nullptr;
-  const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set
-  const float* scale = nullptr;           // [rows]
+  const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set. bf16_f16: the fp16 values
+  const float* scale = nullptr;           // [rows]; of bf16_f16's fp16 values
   const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
   const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
@@ -41,7 +42,7 @@ struct PrepareArgs {
   RowForm form;
   float target_error;
   std::byte* low;
-  std::byte* high;              // halves only
+  std::byte* high;              // halves and bf16_f16
   std::int64_t unit_stride;     // elements between units of low (and high)
   float* scale;
   std::int32_t* sum;
@@ -130,8 +131,9 @@ struct KernelTable {
   const char* isa;
   RowForm quantised_form;       // of inputs for int8
   RowForm grouped_form;         // for int4 and mxfp4
-  RowForm float_form;           // for bf16 and fp8
-  bool rerounds;                // int4 and mxfp4 may be re-rounded to int8 per column and chunk
+  RowForm float_form;           // for bf16
+  RowForm fp8_form;
+  int reround_rows_from;        // rows from which int4 and mxfp4 are re-rounded to int8 per column and chunk; 0: never
   int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
@@ -149,6 +151,8 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
     case WeightKind::int4:
     case WeightKind::mxfp4:
       return table.grouped_form;
+    case WeightKind::fp8:
+      return table.fp8_form;
     default:
       return table.float_form;
   }

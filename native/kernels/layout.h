@@ -15,6 +15,8 @@ inline constexpr int kTileColumns = 16;
 // Inputs under one side-table scale: the tile kernels re-round int4 and mxfp4 to int8 per column and chunk, and every
 // tile kernel works through a panel in chunks of this many inputs, so that a chunk stays in L1.
 inline constexpr int kChunkInputs = 512;
+// Fewer rows than this multiply int4 and mxfp4 faster, and exactly, without tiles.
+inline constexpr int kReroundRowsFrom = 8;
 inline constexpr int kFp8Block = 128;
 // int8 weights are stored as w + 128 in unsigned bytes: the VNNI instructions multiply unsigned by signed.
 inline constexpr int kInt8Offset = 128;

@@ -311,7 +311,7 @@ void ExpertsWeights::prepare_inputs(const Call& call, Range needed, std::byte* i
       x = row;
       dtype = DType::f32;
     }
-    rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->rerounds));
+    rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->reround_rows_from > 0));
   }
 }
 

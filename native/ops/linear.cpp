@@ -85,8 +85,8 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
     call.split_replicas = call.rows >= kSplitReplicaRows;
     call.split_rows = call.rows >= kSplitRows;
     const bool in_groups = format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4;
-    const bool tiles = kernels_->tile_rows_from > 0 && call.rows >= kernels_->tile_rows_from;
-    call.error = linear_input_error(format_, in_groups && tiles);
+    const bool rerounded = kernels_->reround_rows_from > 0 && call.rows >= kernels_->reround_rows_from;
+    call.error = linear_input_error(format_, in_groups && rerounded);
     if (several_mirrors && call.split_replicas) {
       compute_in_chunks(call, roster, *lease);
       continue;

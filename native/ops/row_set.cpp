@@ -35,7 +35,7 @@ RowSet::Offsets RowSet::offsets(int stride_rows) const {
   Offsets o{};
   o.low = 0;
   o.high = o.low + data;
-  o.scale = o.high + (form_ == RowForm::halves ? data : 0);
+  o.scale = o.high + (form_ == RowForm::halves || form_ == RowForm::bf16_f16 ? data : 0);
   o.sum = o.scale + whole_lines(rows * sizeof(float));
   o.group_sum = o.sum + whole_lines(rows * sizeof(std::int32_t));
   o.flags = o.group_sum + (integers ? whole_lines(units * rows * 2 * sizeof(float)) : 0);
@@ -108,6 +108,7 @@ void RowSet::copy(std::byte* base, std::int64_t row, const RowSet& source, std::
   const std::size_t unit_bytes = kUnitInputs * static_cast<std::size_t>(element_bytes(form_));
   const auto units = static_cast<std::size_t>(units_);
   const bool integers = form_ == RowForm::halves || form_ == RowForm::wide;
+  // fp16 values are for rows that are multiplied one by one, where they lie
   const auto bit = static_cast<std::uint8_t>(1 << (in_block / 16));
   const auto source_bit = static_cast<std::uint8_t>(1 << (in_source / 16));
   for (std::size_t unit = 0; unit < units; ++unit) {
