@@ -159,6 +159,7 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
   const std::byte* w = weights + first * layout.unit_bytes;
   const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
+  if (index == 0) prefetch_scales(a.side + panel * kPanelColumns);
   const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
   const bool resumed = whole && first > 0;
   if (resumed) {
@@ -283,6 +284,7 @@ void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int6
   clear_results<two>();
   const __m512 inverses[2] = {inverse_scales(side), inverse_scales(side + kTileColumns)};
   if (index == 0) {
+    prefetch_scales(side + kPanelColumns);
     for (std::int64_t unit = 0; unit < early && unit < units; ++unit) {
       expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, inverses, expanded + unit * 2048);
     }
@@ -314,6 +316,7 @@ void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int6
 template <WeightKind kind, bool symmetric>
 void gemm_rerounded(const GemmArgs& a) {
   alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
+  prefetch_first_scales(a);
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
       const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
@@ -405,6 +408,7 @@ void expand_fp8(const std::byte* unit, const float* side, std::byte* to) {
 void gemm_bf16(const GemmArgs& a) {
   const Layout& layout = *a.layout;
   const bool fp8 = layout.kind == WeightKind::fp8;
+  if (fp8) prefetch_first_scales(a);
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += kFloatChunkUnits) {
@@ -413,8 +417,9 @@ void gemm_bf16(const GemmArgs& a) {
       if (fp8) {
         for (std::int64_t unit = first; unit < last; ++unit) {
           const std::byte* w = weights + (unit - first) * layout.unit_bytes;
-          expand_fp8(w, a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride,
-                     expanded + (unit - first) * 4096);
+          const float* scales = a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride;
+          prefetch_scales(scales + kPanelColumns);
+          expand_fp8(w, scales, expanded + (unit - first) * 4096);
         }
         weights = expanded;
       }
@@ -447,9 +452,10 @@ void gemm(const GemmArgs& a) {
         return gemm_vnni(a);
     }
   }
-  if ((kind == WeightKind::int4 || kind == WeightKind::mxfp4) && a.block_count == 1 && a.blocks[0].rows < kReroundRowsFrom) {
-    return gemm_vnni(a);  // re-rounding a chunk takes longer than its few products
-  }
+  // Few rows: re-rounding a chunk takes longer than its products, and int8 vectors ask memory more evenly than tiles do.
+  const int vectors_below = kind == WeightKind::int8 ? kInt8HighRows + 1 : kReroundRowsFrom;
+  const bool integers = kind != WeightKind::bf16 && kind != WeightKind::fp8;
+  if (integers && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni(a);
   configure_tiles();
   switch (kind) {
     case WeightKind::int8:

@@ -121,6 +121,7 @@ void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, 
       VF scale = repeat(1.0f);
       if constexpr (kind == WeightKind::fp8) {
         const float* scales = a.side + panel * kPanelColumns + first * kUnitInputs / kFp8Block * a.side_stride;
+        if (v == 0 && strip.fresh) prefetch_scales(scales + kPanelColumns);
         scale = mul(load_floats(scales + v * kInt32s), repeat(kE4m3F16Scale));
       }
       for (int r = 0; r < rows; ++r) {
@@ -148,10 +149,17 @@ NG_INLINE void float_rows_up_to(int count, const GemmArgs& a, std::int64_t panel
 template <WeightKind kind>
 void gemm_float(const GemmArgs& a) {
   constexpr int most = kFloatRows<kind>;
+  int all_strips = 0;
+  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + most - 1) / most;
+  // While few strips go over a chunk memory is what they wait for, and it must not fall idle behind the first.
+  const std::int64_t chunk = all_strips == 1 && kind == WeightKind::bf16 ? a.last_unit - a.first_unit
+                             : all_strips > 1 && all_strips <= 4         ? kFp8Block / kUnitInputs
+                                                                         : kFloatChunkUnits;
   alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
+  if (kind == WeightKind::fp8) prefetch_first_scales(a);
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kFloatChunkUnits) {
-      const std::int64_t last = first + kFloatChunkUnits < a.last_unit ? first + kFloatChunkUnits : a.last_unit;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];

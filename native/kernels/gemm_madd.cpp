@@ -14,6 +14,7 @@ constexpr int kInt8Rows = 3;
 constexpr int kNibbleRows = 4;
 #endif
 constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
+constexpr int kFewStrips = 4;
 
 struct Strip {
   const RowBlock* block;
@@ -23,24 +24,62 @@ struct Strip {
   bool fresh;
 };
 
+// The sums of one row and tile: what belongs together added up, stored as integers or, at the panel's end, scaled.
+template <int vectors>
+NG_INLINE void finish_int8(const GemmArgs& a, std::int64_t panel, const Strip& strip, bool last, int r, int t, const V (&sum)[vectors],
+                           float* c) {
+  const RowBlock& block = *strip.block;
+  float* to = c + r * kPanelColumns + t * kTileColumns;
+  alignas(64) std::int32_t partial[2 * kTileColumns];
+  std::int32_t total[kTileColumns];
+  for (int v = 0; v < vectors; ++v) __builtin_memcpy(partial + v * kInt32s, &sum[v], kVectorBytes);
+  if (strip.first_unit > 0) {
+    __builtin_memcpy(total, to, sizeof total);
+  } else {
+    __builtin_memset(total, 0, sizeof total);
+  }
+  const std::int32_t offset =
+      last ? static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[strip.first_row + r]) * kInt8Offset) : 0;
+  for (int column = 0; column < kTileColumns; ++column) {
+    total[column] = static_cast<std::int32_t>(
+        static_cast<std::uint32_t>(total[column]) + static_cast<std::uint32_t>(partial[2 * column]) +
+        static_cast<std::uint32_t>(partial[2 * column + 1]) - static_cast<std::uint32_t>(offset));
+  }
+  if (!last) {
+    __builtin_memcpy(to, total, sizeof total);
+    return;
+  }
+  const float scale = block.scale[strip.first_row + r];
+  const float* side = a.side + panel * kPanelColumns + t * kTileColumns;
+  for (int column = 0; column < kTileColumns; ++column) {
+    to[column] = static_cast<float>(total[column]) * (side[column] * scale);
+  }
+}
+
 // Widened, 4 inputs of a column fill 64 bits, so a multiply-add leaves two partial sums per column: twice the vectors.
+// Tiles are read side by side where there are registers for the sums of both: memory likes that.
 template <int rows>
 void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   constexpr int vectors = 2 * kParts;
+  constexpr int tiles = rows * vectors <= (kParts == 1 ? 8 : 4) ? 2 : 1;
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
   const bool last = strip.last_unit == layout.units;
-  for (int t = 0; t < 2; ++t) {
-    V sum[rows][vectors];
+  if (strip.fresh) prefetch_scales(a.side + panel * kPanelColumns);
+  for (int first = 0; first < 2; first += tiles) {
+    V sum[rows][tiles][vectors];
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < vectors; ++v) sum[r][v] = zero();
+      for (int t = 0; t < tiles; ++t) {
+        for (int v = 0; v < vectors; ++v) sum[r][t][v] = zero();
+      }
     }
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
-      const std::byte* w = weights + unit * layout.unit_bytes + t * 1024;
+      const std::byte* w = weights + unit * layout.unit_bytes;
       const std::byte* x = block.low + (unit * block.stride_rows + strip.first_row) * kUnitInputs * 2;
+#pragma GCC unroll 2
       for (int i = 0; i < 16; ++i) {
-        if (strip.fresh && t == 0) {  // the other tile lies between this one's lines
+        if (strip.fresh && first == 0) {
           prefetch_line(w + i * 64);
           prefetch_line(w + 1024 + i * 64);
         }
@@ -50,68 +89,59 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
           __builtin_memcpy(&four, x + (r * kUnitInputs + i * 4) * 2, 8);
           inputs[r] = repeat64(four);
         }
-        for (int v = 0; v < vectors; ++v) {
-          const V wide = widen_bytes(w + i * 64 + v * (kVectorBytes / 2));
-          for (int r = 0; r < rows; ++r) sum[r][v] = add32(sum[r][v], madd(wide, inputs[r]));
+#pragma GCC unroll 2
+        for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            const V wide = widen_bytes(w + (first + t) * 1024 + i * 64 + v * (kVectorBytes / 2));
+            for (int r = 0; r < rows; ++r) sum[r][t][v] = add32(sum[r][t][v], madd(wide, inputs[r]));
+          }
         }
       }
     }
     for (int r = 0; r < rows; ++r) {
-      float* to = c + r * kPanelColumns + t * kTileColumns;
-      alignas(64) std::int32_t partial[2 * kTileColumns];
-      std::int32_t total[kTileColumns];
-      for (int v = 0; v < vectors; ++v) __builtin_memcpy(partial + v * kInt32s, &sum[r][v], kVectorBytes);
-      if (strip.first_unit > 0) {
-        __builtin_memcpy(total, to, sizeof total);
-      } else {
-        __builtin_memset(total, 0, sizeof total);
-      }
-      const std::int32_t offset =
-          last ? static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[strip.first_row + r]) * kInt8Offset) : 0;
-      for (int column = 0; column < kTileColumns; ++column) {
-        total[column] = static_cast<std::int32_t>(
-            static_cast<std::uint32_t>(total[column]) + static_cast<std::uint32_t>(partial[2 * column]) +
-            static_cast<std::uint32_t>(partial[2 * column + 1]) - static_cast<std::uint32_t>(offset));
-      }
-      if (!last) {
-        __builtin_memcpy(to, total, sizeof total);
-        continue;
-      }
-      const float scale = block.scale[strip.first_row + r];
-      const float* side = a.side + panel * kPanelColumns + t * kTileColumns;
-      for (int column = 0; column < kTileColumns; ++column) {
-        to[column] = static_cast<float>(total[column]) * (side[column] * scale);
-      }
+      for (int t = 0; t < tiles; ++t) finish_int8<vectors>(a, panel, strip, last, r, first + t, sum[r][t], c);
     }
   }
 }
 
-template <WeightKind kind, int rows>
-NG_INLINE void nibble_part(const std::byte* w, const std::byte* x, V table, bool fresh, V (&sum)[rows][2]) {
+// Vectors [first, first + count) of a unit's columns: sum[row][vector][group of 32 inputs].
+template <WeightKind kind, int rows, int count>
+NG_INLINE void nibble_parts(const std::byte* w, int first, const std::byte* x, V table, bool fresh, V (&sum)[rows][count][2]) {
   constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
   const V mask = ones8(15);
-  for (int first = 0; first < 8; first += run) {
-    V narrow[rows][2];
-    for (int r = 0; r < rows; ++r) narrow[r][0] = narrow[r][1] = zero();
-    for (int i = first; i < first + run; ++i) {
-      if (fresh) prefetch_line(w + i * 64);
-      const V pair = load_bytes(w + i * 64);
-      V w0 = bit_and(pair, mask);
-      V w1 = bit_and(right4(pair), mask);
-      if constexpr (kind == WeightKind::mxfp4) {
-        w0 = look_up(table, w0);
-        w1 = look_up(table, w1);
-      }
-      for (int r = 0; r < rows; ++r) {
-        int four[2];
-        __builtin_memcpy(&four[0], x + r * kUnitInputs + i * 4, 4);
-        __builtin_memcpy(&four[1], x + r * kUnitInputs + 32 + i * 4, 4);
-        narrow[r][0] = add16(narrow[r][0], maddubs(w0, repeat32(four[0])));
-        narrow[r][1] = add16(narrow[r][1], maddubs(w1, repeat32(four[1])));
+  for (int begin = 0; begin < 8; begin += run) {
+    V narrow[rows][count][2];
+    for (int r = 0; r < rows; ++r) {
+      for (int p = 0; p < count; ++p) narrow[r][p][0] = narrow[r][p][1] = zero();
+    }
+#pragma GCC unroll 8
+    for (int i = begin; i < begin + run; ++i) {
+#pragma GCC unroll 4
+      for (int p = 0; p < count; ++p) {
+        const std::byte* from = w + (first + p) / kParts * 512 + i * 64 + (first + p) % kParts * kVectorBytes;
+        if (fresh && (first + p) % kParts == 0) prefetch_line(from);
+        const V pair = load_bytes(from);
+        V w0 = bit_and(pair, mask);
+        V w1 = bit_and(right4(pair), mask);
+        if constexpr (kind == WeightKind::mxfp4) {
+          w0 = look_up(table, w0);
+          w1 = look_up(table, w1);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          int four[2];
+          __builtin_memcpy(&four[0], x + r * kUnitInputs + i * 4, 4);
+          __builtin_memcpy(&four[1], x + r * kUnitInputs + 32 + i * 4, 4);
+          narrow[r][p][0] = add16(narrow[r][p][0], maddubs(w0, repeat32(four[0])));
+          narrow[r][p][1] = add16(narrow[r][p][1], maddubs(w1, repeat32(four[1])));
+        }
       }
     }
     for (int r = 0; r < rows; ++r) {
-      for (int g = 0; g < 2; ++g) sum[r][g] = add32(sum[r][g], madd(narrow[r][g], ones16()));
+      for (int p = 0; p < count; ++p) {
+        for (int g = 0; g < 2; ++g) sum[r][p][g] = add32(sum[r][p][g], madd(narrow[r][p][g], ones16()));
+      }
     }
   }
 }
@@ -119,6 +149,8 @@ NG_INLINE void nibble_part(const std::byte* w, const std::byte* x, V table, bool
 template <WeightKind kind, bool symmetric, int rows>
 void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
+  // A single row reads both tiles side by side: memory likes that. More rows lack the registers.
+  constexpr int together = rows == 1 ? 2 * kParts : 1;
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
@@ -138,42 +170,47 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
     if (strip.fresh) {
       for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
-    for (int part = 0; part < 2 * kParts; ++part) {
-      const int column = part * kInt32s;
-      const std::byte* data = w + (part / kParts) * 512 + (part % kParts) * kVectorBytes;
-      V sum[rows][2];
-      for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
-      if (flagged) {
-        nibble_part<kind, rows>(data, high, table, false, sum);
-        for (int r = 0; r < rows; ++r) {
-          for (int g = 0; g < 2; ++g) sum[r][g] = left7(sum[r][g]);
-        }
-      }
-      nibble_part<kind, rows>(data, low, table, strip.fresh && part % kParts == 0, sum);
-      VF scale[2];
-      VF minimum[2];
-      for (int g = 0; g < 2; ++g) {
-        const int index = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + column;
-        if constexpr (kind == WeightKind::mxfp4) {
-          scale[g] = mul(power_of_two(scales + index), repeat(0.5f));
-        } else {
-          const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
-          scale[g] = widen_bf16(halves + index);
-          if constexpr (!symmetric) minimum[g] = widen_bf16(halves + layout.unit_groups * kPanelColumns + index);
-        }
-      }
+    for (int first = 0; first < 2 * kParts; first += together) {
+      V sum[rows][together][2];
       for (int r = 0; r < rows; ++r) {
-        float* to = c + r * kPanelColumns + column;
-        VF total = unit == 0 ? zero_float() : load_floats(to);
-        for (int g = 0; g < 2; ++g) {
-          const VF inputs = repeat(group_sum[r * 2 + g]);
-          VF value = to_floats(sum[r][g]);
-          if constexpr (symmetric) value = fma(inputs, repeat(-offset), value);
-          total = fma(scale[g], value, total);
-          if constexpr (!symmetric) total = fma(minimum[g], inputs, total);
+        for (int p = 0; p < together; ++p) sum[r][p][0] = sum[r][p][1] = zero();
+      }
+      if (flagged) {
+        nibble_parts<kind, rows, together>(w, first, high, table, strip.fresh, sum);
+        for (int r = 0; r < rows; ++r) {
+          for (int p = 0; p < together; ++p) {
+            for (int g = 0; g < 2; ++g) sum[r][p][g] = left7(sum[r][p][g]);
+          }
         }
-        if (last && unit + 1 == layout.units) total = mul(total, repeat(block.scale[strip.first_row + r]));
-        store_floats(to, total);
+      }
+      nibble_parts<kind, rows, together>(w, first, low, table, strip.fresh && !flagged, sum);
+      for (int p = 0; p < together; ++p) {
+        const int column = (first + p) * kInt32s;
+        VF scale[2];
+        VF minimum[2];
+        for (int g = 0; g < 2; ++g) {
+          const int index = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + column;
+          if constexpr (kind == WeightKind::mxfp4) {
+            scale[g] = mul(power_of_two(scales + index), repeat(0.5f));
+          } else {
+            const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
+            scale[g] = widen_bf16(halves + index);
+            if constexpr (!symmetric) minimum[g] = widen_bf16(halves + layout.unit_groups * kPanelColumns + index);
+          }
+        }
+        for (int r = 0; r < rows; ++r) {
+          float* to = c + r * kPanelColumns + column;
+          VF total = unit == 0 ? zero_float() : load_floats(to);
+          for (int g = 0; g < 2; ++g) {
+            const VF inputs = repeat(group_sum[r * 2 + g]);
+            VF value = to_floats(sum[r][p][g]);
+            if constexpr (symmetric) value = fma(inputs, repeat(-offset), value);
+            total = fma(scale[g], value, total);
+            if constexpr (!symmetric) total = fma(minimum[g], inputs, total);
+          }
+          if (last && unit + 1 == layout.units) total = mul(total, repeat(block.scale[strip.first_row + r]));
+          store_floats(to, total);
+        }
       }
     }
   }
@@ -181,6 +218,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
 
 struct Int8 {
   static constexpr int most_rows = kInt8Rows;
+  static constexpr std::int64_t few_strip_units = kChunkUnits;  // finish_int8 takes long
   template <int rows>
   static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
@@ -190,6 +228,7 @@ struct Int8 {
 template <WeightKind kind, bool symmetric>
 struct Nibbles {
   static constexpr int most_rows = kNibbleRows;
+  static constexpr std::int64_t few_strip_units = 2;
   template <int rows>
   static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
@@ -204,12 +243,16 @@ NG_INLINE void run_strip(int count, const GemmArgs& a, std::int64_t panel, const
   Kernel::template run<rows>(a, panel, strip, c);
 }
 
-// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1.
+// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1. While few
+// strips go over a chunk memory is what they wait for, and it must not fall idle behind the first: small chunks.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
+  int all_strips = 0;
+  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
+  const std::int64_t chunk = all_strips == 1 ? a.last_unit - a.first_unit : all_strips <= kFewStrips ? Kernel::few_strip_units : kChunkUnits;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];

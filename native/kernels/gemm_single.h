@@ -60,6 +60,7 @@ void fp8_row(const GemmArgs& a, std::int64_t panel, const RowBlock& block, float
       }
     }
     const float* scales = a.side + panel * kPanelColumns + begin * kUnitInputs / kFp8Block * a.side_stride;
+    prefetch_scales(scales + kPanelColumns);
     for (int t = 0; t < 2; ++t) {
       float* to = c + t * kTileColumns;
       const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales + t * kTileColumns), _mm512_set1_ps(kE4m3F16Scale * block.scale[0]));
@@ -99,6 +100,7 @@ void bf16_row(const GemmArgs& a, std::int64_t panel, const RowBlock& block, floa
 }
 
 void gemm_single_rows(const GemmArgs& a) {
+  if (a.layout->kind == WeightKind::fp8) prefetch_first_scales(a);
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     float* c = a.c + panel * a.c_panel_stride;
     for (int b = 0; b < a.block_count; ++b, c += kPanelColumns) {

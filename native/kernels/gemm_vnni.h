@@ -13,6 +13,8 @@ constexpr int kInt8Rows = 12;
 constexpr int kInt8HighRows = 6;  // up to here high and low halves meet the weights in one pass
 constexpr int kNibbleRows = 4;
 constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
+constexpr int kFewStrips = 4;
+constexpr std::int64_t kFewStripUnits = 2;
 
 NG_INLINE __m512i four_inputs(const std::byte* x) {
   int word;
@@ -70,6 +72,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   const std::byte* low = block.low + strip.first_row * kUnitInputs;
   const std::byte* high = block.high + strip.first_row * kUnitInputs;
   const std::uint8_t mask = strip_flags(strip, rows);
+  if (strip.fresh) prefetch_scales(a.side + panel * kPanelColumns);
   __m512i sum[rows][2];
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
   if constexpr (rows <= kInt8HighRows) {
@@ -247,12 +250,16 @@ NG_INLINE void run_strip(int count, const GemmArgs& a, std::int64_t panel, const
   Kernel::template run<rows>(a, panel, strip, c);
 }
 
-// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1.
+// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1. While few
+// strips go over a chunk memory is what they wait for, and it must not fall idle behind the first: small chunks.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
+  int all_strips = 0;
+  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
+  const std::int64_t chunk = all_strips == 1 ? a.last_unit - a.first_unit : all_strips <= kFewStrips ? kFewStripUnits : kChunkUnits;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
