@@ -159,7 +159,7 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
   const std::byte* w = weights + first * layout.unit_bytes;
   const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
-  if (index == 0) prefetch_scales(a.side + panel * kPanelColumns);
+  if (index == 0) prefetch_scales(panel_side(a, panel));
   const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
   const bool resumed = whole && first > 0;
   if (resumed) {
@@ -182,7 +182,7 @@ void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t f
   // Once per call, when the panel is in L2: high halves are few, and a chunk of its own for each would cost more.
   const bool any = last == a.last_unit && high_products<Multiply::by_unsigned, two>(block, weights + a.first_unit * layout.unit_bytes,
                                                                                      layout.unit_bytes, a.first_unit, last, high);
-  const F side[2] = {load<F>(a.side + panel * kPanelColumns), load<F>(a.side + panel * kPanelColumns + kLanes)};
+  const F side[2] = {load<F>(panel_side(a, panel)), load<F>(panel_side(a, panel) + kLanes)};
   for (int row = 0; row < block.rows; ++row) {
     const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
     const F scale = splat(block.scale[row]);
@@ -278,13 +278,13 @@ void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int6
   const RowBlock& block = a.blocks[index];
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
   const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-  const float* side = a.side + panel * kPanelColumns + first / kChunkUnits * a.side_stride;
+  const float* side = panel_side(a, panel) + first / kChunkUnits * kPanelColumns;
   const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
   const std::int64_t units = last - first;
   clear_results<two>();
   const __m512 inverses[2] = {inverse_scales(side), inverse_scales(side + kTileColumns)};
   if (index == 0) {
-    prefetch_scales(side + kPanelColumns);
+    prefetch_scales(side + panel_side_floats(layout));
     for (std::int64_t unit = 0; unit < early && unit < units; ++unit) {
       expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, inverses, expanded + unit * 2048);
     }
@@ -417,8 +417,8 @@ void gemm_bf16(const GemmArgs& a) {
       if (fp8) {
         for (std::int64_t unit = first; unit < last; ++unit) {
           const std::byte* w = weights + (unit - first) * layout.unit_bytes;
-          const float* scales = a.side + panel * kPanelColumns + unit * kUnitInputs / kFp8Block * a.side_stride;
-          prefetch_scales(scales + kPanelColumns);
+          const float* scales = panel_side(a, panel) + unit * kUnitInputs / kFp8Block * kPanelColumns;
+          prefetch_scales(scales + panel_side_floats(layout));
           expand_fp8(w, scales, expanded + (unit - first) * 4096);
         }
         weights = expanded;

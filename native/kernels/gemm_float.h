@@ -120,8 +120,8 @@ void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, 
     for (int v = 0; v < kFloatVectors; ++v) {
       VF scale = repeat(1.0f);
       if constexpr (kind == WeightKind::fp8) {
-        const float* scales = a.side + panel * kPanelColumns + first * kUnitInputs / kFp8Block * a.side_stride;
-        if (v == 0 && strip.fresh) prefetch_scales(scales + kPanelColumns);
+        const float* scales = panel_side(a, panel) + first * kUnitInputs / kFp8Block * kPanelColumns;
+        if (v == 0 && strip.fresh) prefetch_scales(scales + panel_side_floats(layout));
         scale = mul(load_floats(scales + v * kInt32s), repeat(kE4m3F16Scale));
       }
       for (int r = 0; r < rows; ++r) {

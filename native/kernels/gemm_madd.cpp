@@ -50,7 +50,7 @@ NG_INLINE void finish_int8(const GemmArgs& a, std::int64_t panel, const Strip& s
     return;
   }
   const float scale = block.scale[strip.first_row + r];
-  const float* side = a.side + panel * kPanelColumns + t * kTileColumns;
+  const float* side = panel_side(a, panel) + t * kTileColumns;
   for (int column = 0; column < kTileColumns; ++column) {
     to[column] = static_cast<float>(total[column]) * (side[column] * scale);
   }
@@ -66,7 +66,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   const RowBlock& block = *strip.block;
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
   const bool last = strip.last_unit == layout.units;
-  if (strip.fresh) prefetch_scales(a.side + panel * kPanelColumns);
+  if (strip.fresh) prefetch_scales(panel_side(a, panel));
   for (int first = 0; first < 2; first += tiles) {
     V sum[rows][tiles][vectors];
     for (int r = 0; r < rows; ++r) {

@@ -20,7 +20,7 @@ void gemm(const GemmArgs& a) {
     float* c = a.c + panel * a.c_panel_stride;
     for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
       float weights[kUnitInputs * kPanelColumns];
-      dequantise_unit(layout, a.panel + panel * layout.panel_bytes, unit, a.side + panel * kPanelColumns, a.side_stride,
+      dequantise_unit(layout, a.panel + panel * layout.panel_bytes, unit, panel_side(a, panel), kPanelColumns,
                       weights);
       float* to = c;
       for (int b = 0; b < a.block_count; ++b) {

@@ -35,7 +35,7 @@ void fp8_row(const GemmArgs& a, std::int64_t panel, const RowBlock& block, float
       __m512h sum[2][2];
       for (int t = 0; t < 2; ++t) sum[t][0] = sum[t][1] = _mm512_setzero_ph();
       for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
         for (int line = 0; line < 8; ++line) {
           std::int64_t four;
           __builtin_memcpy(&four, x + half * 64 + line * 8, 8);
@@ -59,8 +59,8 @@ void fp8_row(const GemmArgs& a, std::int64_t panel, const RowBlock& block, float
         total[t] = _mm512_add_ps(total[t], _mm512_add_ps(first, second));
       }
     }
-    const float* scales = a.side + panel * kPanelColumns + begin * kUnitInputs / kFp8Block * a.side_stride;
-    prefetch_scales(scales + kPanelColumns);
+    const float* scales = panel_side(a, panel) + begin * kUnitInputs / kFp8Block * kPanelColumns;
+    prefetch_scales(scales + panel_side_floats(layout));
     for (int t = 0; t < 2; ++t) {
       float* to = c + t * kTileColumns;
       const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(scales + t * kTileColumns), _mm512_set1_ps(kE4m3F16Scale * block.scale[0]));

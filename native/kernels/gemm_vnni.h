@@ -72,7 +72,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   const std::byte* low = block.low + strip.first_row * kUnitInputs;
   const std::byte* high = block.high + strip.first_row * kUnitInputs;
   const std::uint8_t mask = strip_flags(strip, rows);
-  if (strip.fresh) prefetch_scales(a.side + panel * kPanelColumns);
+  if (strip.fresh) prefetch_scales(panel_side(a, panel));
   __m512i sum[rows][2];
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
   if constexpr (rows <= kInt8HighRows) {
@@ -115,7 +115,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
       if (last) {
         const int offset = static_cast<int>(static_cast<unsigned>(block.sum[strip.first_row + r]) * kInt8Offset);
         total = _mm512_sub_epi32(total, _mm512_set1_epi32(offset));
-        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(a.side + panel * kPanelColumns + t * kTileColumns),
+        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(panel_side(a, panel) + t * kTileColumns),
                                            _mm512_set1_ps(block.scale[strip.first_row + r]));
         _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
       } else {

@@ -56,8 +56,7 @@ struct PrepareArgs {
 struct GemmArgs {
   const Layout* layout;
   const std::byte* panel;       // the first panel
-  const float* side;            // side table at the first panel's first column
-  std::int64_t side_stride;     // floats between its rows
+  const float* side;            // the first panel's rows of the side table; see panel_side
   std::int64_t panels;
   // Units [first_unit, last_unit), whole chunks but for the last: a panel may be worked through in several calls, in
   // order; c then holds what is so far (integers until the last call).
@@ -68,6 +67,9 @@ struct GemmArgs {
   float* c;
   std::int64_t c_panel_stride;  // floats
 };
+
+// The side table of a panel, `panel` counted from the call's first; row r is at + r * kPanelColumns.
+static inline const float* panel_side(const GemmArgs& a, std::int64_t panel) { return a.side + panel * panel_side_floats(*a.layout); }
 
 // out[row] = dtype(c[row] + bias), `columns` of 32
 struct StoreArgs {
@@ -122,8 +124,8 @@ struct PackArgs {
   std::int64_t row_end;
   std::int64_t first_input;     // the packed matrix's input 0 in the source
   std::byte* panel;
-  float* side;                  // at the panel's first column
-  std::int64_t side_stride;
+  float* side;                  // of the panel
+  std::int64_t side_stride;     // floats between its rows
   std::byte* staged;
 };
 

@@ -34,7 +34,7 @@ struct Layout {
   std::int64_t unit_bytes = 0;
   std::int64_t panel_bytes = 0;
   int unit_groups = 0;           // scale rows per unit (int4, mxfp4)
-  std::int64_t scale_rows = 0;   // rows of the side table, each panels * 32 floats
+  std::int64_t scale_rows = 0;   // of the side table, which holds [panel][row][32] floats: a panel's lie together
 };
 
 Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k);
@@ -44,6 +44,7 @@ int input_alignment(const WeightFormat& format);
 
 static inline std::int64_t matrix_bytes(const Layout& layout) { return layout.panels * layout.panel_bytes; }
 static inline std::int64_t side_floats(const Layout& layout) { return layout.scale_rows * layout.panels * kPanelColumns; }
+static inline std::int64_t panel_side_floats(const Layout& layout) { return layout.scale_rows * kPanelColumns; }
 static inline std::int64_t bias_floats(const Layout& layout) { return layout.panels * kPanelColumns; }
 
 }  // namespace numagraft

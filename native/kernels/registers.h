@@ -20,14 +20,14 @@ constexpr std::int64_t kPrefetchAhead = 3072;
 NG_INLINE void prefetch_line(const std::byte* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1);
 }
-// The scales of 32 columns in one row of the side table. Rows lie far apart: unasked, each is a wait for memory.
+// The scales of 32 columns in one row of the side table.
 NG_INLINE void prefetch_scales(const float* side) {
   _mm_prefetch(reinterpret_cast<const char*>(side), _MM_HINT_T0);
   _mm_prefetch(reinterpret_cast<const char*>(side + kTileColumns), _MM_HINT_T0);
 }
 // Those of the first panel; kernels then ask for the next panel's while they multiply one.
 NG_INLINE void prefetch_first_scales(const GemmArgs& a) {
-  for (std::int64_t row = 0; row < a.layout->scale_rows; ++row) prefetch_scales(a.side + row * a.side_stride);
+  for (std::int64_t row = 0; row < a.layout->scale_rows; ++row) prefetch_scales(a.side + row * kPanelColumns);
 }
 
 #if defined(__AVX512BW__)

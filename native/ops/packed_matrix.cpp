@@ -90,7 +90,6 @@ void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std
   args.layout = &matrix.layout();
   args.panel = matrix.panel(panel);
   args.side = matrix.side(panel);
-  args.side_stride = matrix.side_stride();
   args.panels = count;
   args.first_unit = 0;
   args.last_unit = matrix.layout().units;

@@ -28,8 +28,8 @@ struct PackedMatrix {
 
   const Layout& layout() const { return place->layout; }
   std::byte* panel(std::int64_t index) const { return base + place->panels + static_cast<std::size_t>(index * layout().panel_bytes); }
-  float* side(std::int64_t panel) const { return reinterpret_cast<float*>(base + place->side) + panel * kPanelColumns; }
-  std::int64_t side_stride() const { return layout().panels * kPanelColumns; }
+  float* side(std::int64_t panel) const { return reinterpret_cast<float*>(base + place->side) + panel * panel_side_floats(layout()); }
+  static constexpr std::int64_t side_stride() { return kPanelColumns; }
   float* bias(std::int64_t panel) const {
     return place->bias == 0 ? nullptr : reinterpret_cast<float*>(base + place->bias) + panel * kPanelColumns;
   }
