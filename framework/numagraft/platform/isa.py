@@ -16,7 +16,7 @@ REQUIRED_FLAGS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "avx512": _AVX512,
     "avx512_vnni": _AVX512 | {"avx512_vnni"},
-    "amx": _AVX512 | {"avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"},
+    "amx": _AVX512 | {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 #: The widest first: what a row replaces.
