@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,6 +20,14 @@ from numagraft.operators.placeholders import AbsentWeight, placeholder
 if TYPE_CHECKING:
     from numagraft.native import OperatorStats, PlacedBuffer, Runtime
     from numagraft.placement import Part, Placement
+
+
+#: formats that keep a checkpoint's own bytes
+_OWN: dict[str | None, str] = {"e4m3": "fp8", "e2m1": "mxfp4"}
+
+
+def _is_bias(module: nn.Module, parameter: nn.Parameter) -> bool:
+    return any(each is parameter and name.endswith("bias") for name, each in module._parameters.items())
 
 
 class PackedOperator(Operator):
@@ -48,6 +57,15 @@ class PackedOperator(Operator):
         for key, parameter in module._parameters.items():
             self.register_parameter(key, None if parameter is None else placeholder(parameter))
         self._handle = custom_ops.register(self)
+
+    @classmethod
+    def settled(cls, module: nn.Module, params: PackedParams) -> PackedParams:
+        """`format: auto` is how the checkpoint stores the weights where that is fp8 or mxfp4, else int8."""
+        if params.format != "auto":
+            return params
+        weights = [parameter for parameter in module._parameters.values() if parameter is not None and parameter.dim() > 1]
+        codings = {getattr(weight, "numagraft_coding", None) for weight in weights if not _is_bias(module, weight)}
+        return replace(params, format=_OWN.get(codings.pop(), "int8") if len(codings) == 1 else "int8")
 
     @classmethod
     def check_within(cls, parent: nn.Module, attribute: str) -> Accepted | Rejected:

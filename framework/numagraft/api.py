@@ -257,4 +257,4 @@ def _build_skeleton(
 ) -> PreTrainedModel:
     from numagraft import skeleton
 
-    return skeleton.build(source.config, dtype=dtype, trust_code=trust_code)
+    return skeleton.build_for(source, dtype=dtype, trust_code=trust_code)

@@ -124,6 +124,14 @@ class Operator(nn.Module):
         return Accepted()
 
     @classmethod
+    def settled(cls, module: nn.Module, params: Any) -> Any:
+        """`params` with everything decided that they leave to the module; what a plan shows and keeps.
+
+        Parameters that the checkpoint stores quantised carry their coding ("e4m3", "e2m1") as `numagraft_coding`.
+        """
+        return params
+
+    @classmethod
     def units(cls, module: nn.Module, params: Any) -> Units | None:
         """How the weights divide over nodes; None for operators without placement."""
         raise NotImplementedError

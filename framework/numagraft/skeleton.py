@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from numagraft.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from numagraft.checkpoints import Checkpoint
 
 
 def build(config_or_path: Any, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> nn.Module:
@@ -26,6 +29,23 @@ def build(config_or_path: Any, *, dtype: torch.dtype | None = None, trust_code: 
     if isinstance(config_or_path, str | os.PathLike):
         config = load_config(config_or_path, trust_code=trust_code)
     return build_class(model_class(config, trust_code=trust_code), config, dtype=dtype)
+
+
+def build_for(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, trust_code: bool = False) -> nn.Module:
+    """The model of an open checkpoint on meta; parameters that it stores quantised say so (`numagraft_coding`)."""
+    model = build(checkpoint.config, dtype=dtype or checkpoint.dtype, trust_code=trust_code)
+    if any(hasattr(tensor, "coding") for tensor in checkpoint.values()):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        from numagraft.preflight import map_names
+
+        targets, _ = map_names(checkpoint, get_model_conversion_mapping(model), model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, target in targets.items():
+            codings = {getattr(tensor, "coding", None) for tensors in target.sources.values() for tensor in tensors}
+            if len(codings) == 1 and None not in codings and name in parameters:
+                parameters[name].numagraft_coding = codings.pop()
+    return model
 
 
 def build_class(cls: type[nn.Module], config: Any, *, dtype: torch.dtype | None = None) -> nn.Module:

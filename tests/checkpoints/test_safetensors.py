@@ -175,7 +175,7 @@ def test_files_that_are_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
         open_checkpoint(checkpoint)
 
 
-@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "mxfp4", "numagraft"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "numagraft"])
 def test_a_checkpoint_quantised_by_others_is_refused(checkpoint: Path, method: str) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method}

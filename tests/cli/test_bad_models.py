@@ -41,7 +41,7 @@ def another_model(model: Path, _: Path) -> Path:
 
 def quantised(model: Path, _: Path) -> Path:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     return model
 
 

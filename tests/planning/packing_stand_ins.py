@@ -17,7 +17,7 @@ BYTES = {"bf16": 2.0, "int8": 1.0, "int4": 0.5}
 
 @dataclass(frozen=True)
 class Packing:
-    format: Literal["bf16", "int8", "int4"] = "int8"
+    format: Literal["auto", "bf16", "int8", "int4"] = "auto"
     group: Literal[32, 64, 128] = 32
     scale: float = 1.0
     symmetric: bool = False
@@ -35,6 +35,10 @@ class LinearStandIn(Operator):
         if type(module).forward is not nn.Linear.forward:
             return Rejected(f"{type(module).__name__} is an nn.Linear with a forward of its own")
         return Accepted()
+
+    @classmethod
+    def settled(cls, module: nn.Module, params: Any) -> Any:
+        return replace(params, format="int8") if params.format == "auto" else params
 
     @classmethod
     def units(cls, module: nn.Module, params: Any) -> Units:

@@ -7,11 +7,13 @@ object of name -> {dtype, shape, data_offsets relative to the end of the header}
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from numagraft.checkpoints import quantised
 from numagraft.checkpoints.files import UncachedFile, large_tensor
 from numagraft.checkpoints.mapping import DTYPE_NAMES, Checkpoint, LazyTensor
 from numagraft.errors import CheckpointError, Problem
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_CODINGS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_CODINGS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3"}
 #: the limit that the reference implementation sets too
 _MOST_HEADER_BYTES = 100_000_000
 _SHOWN = 8
@@ -52,6 +54,8 @@ class SafetensorsTensor(LazyTensor):
 
     def stored(self, index: int | None = None) -> StoredMatrix | None:
         shape = self.shape if index is None else self.shape[1:]
+        if self.dtype is torch.uint8 and len(shape) == 3:  # rows of groups of 16 bytes: e2m1
+            return self._file.matrix(self._place(index)[0], "e2m1", shape[0], 2 * shape[1] * shape[2])
         if len(shape) != 2 or self.dtype not in _CODINGS:
             return None
         return self._file.matrix(self._place(index)[0], _CODINGS[self.dtype], *shape)
@@ -189,6 +193,15 @@ class SafetensorsCheckpoint(Checkpoint):
         checkpoint._files = []
         checkpoint._open(paths)
         return checkpoint
+
+    def join_quantised(self, quantisation: Mapping[str, Any]) -> None:
+        """From now on codes and scales are one tensor (see `quantised`). Raises CheckpointError where they do not fit."""
+        dtype = self.dtype if self.dtype.itemsize > 1 else torch.bfloat16
+        try:
+            self.tensors = quantised.join(self.source, self.tensors, quantisation, dtype)
+        except CheckpointError:
+            self.close()
+            raise
 
     def _open(self, paths: list[Path]) -> None:
         try:

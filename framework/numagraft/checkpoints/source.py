@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numagraft.checkpoints import quantised
 from numagraft.checkpoints.gguf import GgufCheckpoint
 from numagraft.checkpoints.hub import HubOptions, looks_like_hub_id, snapshot
 from numagraft.checkpoints.mapping import Checkpoint
@@ -55,8 +57,16 @@ def open_checkpoint(
             checkpoint.config = config
         return checkpoint
     config = config if config is not None else read_config(path, trust_code=trust_code)
-    refuse_quantized(config, str(source))
-    return SafetensorsCheckpoint(path, config)
+    quantisation = quantised.quantisation_of(config)
+    if quantisation is None:
+        return SafetensorsCheckpoint(path, config)
+    if quantisation["quant_method"] not in quantised.METHODS:
+        refuse_quantized(config, str(source))
+    config = deepcopy(config)
+    quantised.without_quantisation(config)
+    checkpoint = SafetensorsCheckpoint(path, config)
+    checkpoint.join_quantised(quantisation)
+    return checkpoint
 
 
 def read_config(directory: Path, *, trust_code: bool) -> PreTrainedConfig:
@@ -80,17 +90,12 @@ def read_config(directory: Path, *, trust_code: bool) -> PreTrainedConfig:
 
 def refuse_quantized(config: Any, source: str) -> None:
     """Raises CheckpointError where the weights are quantised by somebody else's method."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    if found is None:
-        return
-    read = found.get if isinstance(found, dict) else lambda key: getattr(found, key, None)
-    method = getattr(read("quant_method"), "value", read("quant_method"))
-    raise CheckpointError(
-        f"{source} is already quantised ({method or 'by an unnamed method'}), which numagraft cannot repack yet: "
-        "give the unquantised bf16 or fp16 checkpoint of this model"
-    )
+    found = quantised.quantisation_of(config)
+    if found is not None:
+        raise CheckpointError(
+            f"{source} is already quantised ({found['quant_method'] or 'by an unnamed method'}), which numagraft cannot take "
+            "over: give the unquantised bf16 or fp16 checkpoint of this model, or one in fp8 or mxfp4 from a directory"
+        )
 
 
 def load_tokenizer(

@@ -38,12 +38,14 @@ def read_model(model: str) -> nn.Module:
 
     quiet_transformers()
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":  # its header knows the dtype, its configuration does not
+    config = None if path.suffix == ".gguf" else skeleton.load_config(model)
+    quantised = getattr(config, "quantization_config", None) is not None and any(path.glob("*.safetensors"))
+    if config is None or quantised:  # headers know the dtype, or what is quantised; the configuration does not
         from numagraft.checkpoints import open_checkpoint
 
         with open_checkpoint(path) as checkpoint:
-            return skeleton.build(checkpoint.config, dtype=checkpoint.dtype)
-    return skeleton.build(skeleton.load_config(model))
+            return skeleton.build_for(checkpoint)
+    return skeleton.build(config)
 
 
 def read_rules(

@@ -148,7 +148,8 @@ class Planner:
         usable = self._usable[rule.id]
         if usable is None:
             return "take"  # its problem is known; going on finds the others
-        verdict = usable.operator.check(info.module, usable.params, self._platform)
+        params = usable.operator.settled(info.module, usable.params)
+        verdict = usable.operator.check(info.module, params, self._platform)
         if not isinstance(verdict, Rejected):
             parent_name, _, attribute = info.name.rpartition(".")
             parent = self._model.get_submodule(parent_name)
@@ -250,6 +251,7 @@ class Planner:
         self, decision: Decision, rule: Rule, usable: Usable, placer: Placer, copies: Copies
     ) -> PlannedModule:
         info = decision.info
+        usable = dataclasses.replace(usable, params=usable.operator.settled(info.module, usable.params))
         units = usable.operator.units(info.module, usable.params)
         placement = None
         if units is not None:
