@@ -54,7 +54,8 @@ class LinearStandIn(Operator):
 class ExpertsStandIn(LinearStandIn):
     @classmethod
     def footprint(cls, module: nn.Module, params: Any, placement: Any, device: str) -> Footprint:
-        hidden = module.down_proj.shape[1]
+        down = getattr(module, "down_proj", None)  # families that the contract does not cover have none
+        hidden = 0 if down is None else down.shape[1]
         return replace(super().footprint(module, params, placement, device), added_per_token=hidden)
 
     @classmethod

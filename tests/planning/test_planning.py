@@ -155,5 +155,5 @@ def test_a_plan_survives_json_and_is_printable():
         Plan.from_json("{")
     with pytest.raises(PlanError, match="expected 2, found 7"):
         Plan.from_json('{"schema": 7}')
-    with pytest.raises(PlanError, match="expected one of bf16, int8, int4"):
+    with pytest.raises(PlanError, match="expected one of auto, bf16, int8, int4"):
         Plan.from_json(made.to_json().replace('"format": "int8", "group"', '"format": "int9", "group"'))
