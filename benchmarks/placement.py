@@ -23,7 +23,7 @@ GIB = 2**30
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.placement", description=__doc__.split("\n")[0])
-    made.add_argument("--gib", type=float, default=1.0, help="memory to place and verify (default 1)")
+    made.add_argument("--gib", type=float, default=2.0, help="memory to place and verify (default 2)")
     made.add_argument("--buffers", type=int, default=32, help="weights that it is divided into (default 32)")
     made.add_argument("--repeat", type=int, default=5)
     made.add_argument("--json", action="store_true", help="print only the JSON line")
