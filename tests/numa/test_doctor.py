@@ -118,20 +118,26 @@ def test_a_node_that_is_nearly_full(lab, full_nodes):
 @pytest.mark.slow
 def test_measuring_ends_in_time(lab, tmp_path):
     """The command itself, start-up and all, on a machine tens of times slower than any that it is made for."""
-    begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", "from numagraft.cli.main import run; run()", "doctor", "--measure", "--json"],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    seconds = time.monotonic() - begin
-    assert done.returncode in (0, 1), done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])["measurement"]
+
+    def timed(*more: str) -> tuple[dict, float]:
+        begin = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", "from numagraft.cli.main import run; run()", "doctor", "--json", *more],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (0, 1), done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), time.monotonic() - begin
+
+    _, startup = timed()
+    found, seconds = timed("--measure")
+    measured = found["measurement"]
     nodes = [node for node in lab.with_memory if node in lab.with_cpus]
     assert measured["compute_nodes"] == nodes
     assert len(measured["read_gb_per_s"]) == len(nodes)
     assert all(len(row) == len(lab.with_memory) and min(row) > 0 for row in measured["latency_ns"])
     assert len(list(tmp_path.rglob("*.json"))) == 1, "it is kept"
-    assert measured["seconds"] < seconds < 20
+    # 5 s is what starting up takes where the host does nothing else
+    assert measured["seconds"] < seconds < 20 * max(1.0, startup / 5)

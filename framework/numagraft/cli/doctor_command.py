@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numagraft.platform import Platform
 
 #: When measuring should be over, and the least time it gets.
-_ENDS_AFTER_SECONDS, _LEAST_SECONDS = 15.0, 3.0
+_ENDS_AFTER_SECONDS, _LEAST_SECONDS = 14.0, 3.0
 
 
 def doctor(
