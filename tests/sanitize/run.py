@@ -1,8 +1,10 @@
 """Builds the extension under a sanitizer and runs the native tests with it: `python tests/sanitize/run.py address|thread`.
+`ci` runs both, skips those whose runtime the compiler lacks, and ends with one line for each.
 
 The sanitized extension lies in a package of its own under build/, so that the ordinary one stays as it is; the runtime of
 the sanitizer is preloaded into Python, which is not built with it. Any report, in any process of the tests, fails the run.
-Leaks are not looked for: the interpreter itself is full of them. Tests that import torch are left out.
+Leaks are not looked for: the interpreter itself is full of them. Tests that import torch are left out. Builds are
+incremental; CMAKE_CXX_COMPILER_LAUNCHER=ccache in the environment of the first keeps objects beyond them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+VERDICT = ROOT / "build" / "sanitize" / "verdict.txt"
 ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
 
 #: Removes the finder of the editable installation, which would load the ordinary extension.
@@ -40,6 +44,10 @@ libc.malloc.restype = ctypes.c_void_p
 ctypes.memset(libc.malloc(16), 0, 32)
 """,
 }
+
+
+class Unavailable(Exception):
+    """This machine cannot run a sanitizer; the message says why."""
 
 
 def build(kind: str, folder: Path) -> Path:
@@ -84,7 +92,7 @@ def preloaded(kind: str) -> str:
         query = [compiler, f"-print-file-name={name}"]
         path = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
         if not os.path.isabs(path):
-            raise SystemExit(f"{compiler} has no {name}: install its sanitizer runtimes (Debian: libgcc-12-dev)")
+            raise Unavailable(f"{compiler} has no {name}: install its sanitizer runtimes (Debian: libgcc-12-dev)")
         paths.append(os.path.realpath(path))
     return " ".join(paths)
 
@@ -114,6 +122,8 @@ def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
         "UBSAN_OPTIONS": f"print_stacktrace=1:halt_on_error=1:log_path={logs / 'report'}",
         # A forked child of a process with threads may make threads: that is what the tests are about.
         "TSAN_OPTIONS": f"die_after_fork=0:log_path={logs / 'report'}:exitcode=66:suppressions={suppressions}",
+        # numpy's BLAS synchronises its threads in code that the thread sanitizer does not see
+        "OPENBLAS_NUM_THREADS": "1",
         "NUMAGRAFT_SANITIZED": kind,
     }
     # GCC's thread sanitizer knows a fixed memory layout, which address space randomisation leaves.
@@ -121,8 +131,8 @@ def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
         print(
             "warning: address space randomisation stays on; the thread sanitizer may refuse to start", file=sys.stderr
         )
-    check = f"from numagraft import _native; assert _native.sanitizer() == {kind!r}, _native.__file__"
-    subprocess.run([sys.executable, "-c", check], check=True, env=environment, cwd=ROOT)
+    probe = f"from numagraft import _native; assert _native.sanitizer() == {kind!r}, _native.__file__"
+    subprocess.run([sys.executable, "-c", probe], check=True, env=environment, cwd=ROOT)
     subprocess.run([sys.executable, "-c", CONTROLS[kind]], env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
     if not list(logs.glob("report*")):
         raise SystemExit(f"the {kind} sanitizer does not report a planted fault: its other findings mean nothing")
@@ -140,17 +150,46 @@ def run(kind: str, package: Path, logs: Path, arguments: list[str]) -> int:
     return code or (66 if reports else 0)
 
 
+def check(kind: str, arguments: list[str], *, build_only: bool = False) -> int:
+    """Raises Unavailable before anything is built."""
+    preloaded(kind)
+    folder = ROOT / "build" / "sanitize" / kind  # not beside the ordinary builds: tests look through those
+    package = assemble(build(kind, folder), folder)
+    return 0 if build_only else run(kind, package, folder / "reports", arguments)
+
+
+def ci() -> int:
+    worst = 0
+    lines = []
+    for kind in CONTROLS:
+        begin = time.monotonic()
+        try:
+            code = check(kind, [])
+            verdict = "clean" if code == 0 else f"FAILED with exit code {code}"
+            lines.append(f"sanitize: {kind}: {verdict}, {time.monotonic() - begin:.0f} s with its build")
+            worst = worst or code
+        except Unavailable as error:
+            lines.append(f"sanitize: {kind}: skipped: {error}")
+    print("\n".join(lines), flush=True)
+    VERDICT.parent.mkdir(parents=True, exist_ok=True)
+    VERDICT.write_text("\n".join(lines) + "\n")  # .ci/run repeats it at its end
+    return worst
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["address", "thread"])
+    parser.add_argument("kind", choices=["address", "thread", "ci"])
     parser.add_argument("--build-only", action="store_true")
     parser.add_argument("tests", nargs="*", help="files or pytest arguments instead of all native tests")
     options = parser.parse_args()
     if platform.system() != "Linux":
         raise SystemExit("numagraft runs on Linux only")
-    folder = ROOT / "build" / "sanitize" / options.kind  # not beside the ordinary builds: tests look through those
-    package = assemble(build(options.kind, folder), folder)
-    return 0 if options.build_only else run(options.kind, package, folder / "reports", options.tests)
+    if options.kind == "ci":
+        return ci()
+    try:
+        return check(options.kind, options.tests, build_only=options.build_only)
+    except Unavailable as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
