@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env build demo test test-slow test-all lint fuzz wheel-test lab lab-ci sanitize bench clean
+.PHONY: help env build demo test test-slow test-all lint fuzz wheel-test lab lab-ci sanitize sanitize-ci bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -66,6 +66,9 @@ lab-ci: build  ## the lab's topologies that CI runs; says so in its last line wh
 sanitize: env  ## build the extension under AddressSanitizer+UBSan, then ThreadSanitizer, and run the native tests
 	$(PY) tests/sanitize/run.py address
 	$(PY) tests/sanitize/run.py thread
+
+sanitize-ci: env  ## both, skipping with the reason what the compiler cannot do; one line each at the end
+	$(PY) tests/sanitize/run.py ci
 
 clean:
 	rm -rf build dist $(VENV)
