@@ -36,6 +36,7 @@ void configure_tiles() {
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
+constexpr std::int64_t kInt8ChunkUnits = 12;  // 24 KiB of weights stay in L1
 constexpr std::int64_t kRowBytes = kPanelColumns * 4;  // of c
 
 // Tiles 0..3 hold the results of row tile / column tile 0/0, 0/1, 1/0, 1/1; 4 and 5 the inputs, 6 and 7 the weights.
@@ -101,103 +102,134 @@ NUMAGRAFT_INLINE void step(const std::byte* inputs, std::int64_t input_stride, c
   }
 }
 
-// Asks for what lies one chunk ahead in the stream, a share of it with every step over this chunk: with many rows per
-// chunk memory would otherwise idle while the rows after the first are multiplied, and requests that come faster than
-// memory answers are dropped.
-struct Ahead {
-  const std::byte* from;     // the byte one chunk after the unit that is multiplied first
-  std::int64_t unit_bytes;
-  std::int64_t first_line;   // this block's share of a unit's cache lines
-  std::int64_t last_line;
+// Asks memory for what the tiles need soon, a share with every step. A chunk that is read once, as fast as memory delivers:
+// the lines a little ahead. A chunk that is read several times: the one behind it, from four places in turn. Each is a
+// stream of its own to the hardware's prefetcher, which runs on where a single one would wait for the tiles (measured at
+// 64 rows: 17 to 24 GB/s; docs/kernels.md).
+class Ahead {
+ public:
+  Ahead(const std::byte* chunk, std::int64_t bytes, std::int64_t chunk_bytes, std::int64_t near, std::int64_t steps, bool once)
+      : from_(chunk + (once ? near : chunk_bytes)),
+        stream_(once ? 0 : bytes / kStreams & ~std::int64_t{63}),
+        share_(((once ? bytes : stream_) / 64 << kShift) / steps) {}
 
-  // A single block waits for memory all along, and memory answers best when it is asked shortly before.
-  Ahead(const std::byte* weights, std::int64_t chunk_bytes, std::int64_t bytes, int block, int blocks)
-      : from(weights + (blocks == 1 ? kPrefetchAhead : chunk_bytes)),
-        unit_bytes(bytes),
-        first_line(bytes / 64 * block / blocks),
-        last_line(bytes / 64 * (block + 1) / blocks) {}
-  NUMAGRAFT_INLINE void ask(const Ahead& a, std::int64_t unit) {
-    const std::byte* p = a.from + unit * a.unit_bytes + a.first_line * 64;
-    const std::byte* end = a.from + unit * a.unit_bytes + a.last_line * 64;
-    for (; p + 256 <= end; p += 256) {
-      _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(p + 64), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(p + 128), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(p + 192), _MM_HINT_T1);
+  NUMAGRAFT_INLINE void ask(Ahead& a) {
+    std::int64_t line = a.at_ >> kShift;
+    a.at_ += a.share_;
+    const std::int64_t end = a.at_ >> kShift;
+    if (a.stream_ == 0) {
+      for (; line < end; ++line) prefetch(a.from_ + line * 64);
+      return;
     }
-    for (; p < end; p += 64) _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
+    for (; line < end; ++line) {
+      for (int stream = 0; stream < kStreams; ++stream) prefetch(a.from_ + line * 64 + stream * a.stream_);
+    }
   }
+
+ private:
+  static constexpr int kStreams = 4;
+  static constexpr int kShift = 16;
+  NUMAGRAFT_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+  const std::byte* from_;
+  std::int64_t stream_;  // bytes
+  std::int64_t share_;   // lines of a stream per step, in fixed point
+  std::int64_t at_ = (1 << kShift) - 1;
 };
+constexpr std::int64_t kNear = 2048;  // measured: 1 to 2.5 KiB alike, further is slower
 
-template <bool two>
 NUMAGRAFT_INLINE bool flagged(const RowBlock& block, std::int64_t unit) {
-  return block.flags[unit] & (two ? 3 : 1);
+  return block.flags[unit] & (block.stride_rows > 16 ? 3 : 1);
+}
+std::int64_t count_flagged(const RowBlock& block, std::int64_t first, std::int64_t last) {
+  std::int64_t count = 0;
+  for (std::int64_t unit = first; unit < last; ++unit) count += flagged(block, unit);
+  return count;
+}
+std::int64_t count_steps(const GemmArgs& a, std::int64_t first, std::int64_t last) {
+  std::int64_t steps = (last - first) * a.block_count;
+  for (int b = 0; b < a.block_count; ++b) steps += count_flagged(a.blocks[b], first, last);
+  return steps;
 }
 
-// The high halves of a block times units [first, last), which are few; 2 KB units at `weights` + stride * unit. False, and
-// nothing stored, where there are none.
-template <Multiply how, bool two>
-NUMAGRAFT_INLINE bool high_products(const RowBlock& block, const std::byte* weights, std::int64_t unit_bytes,
-                                    std::int64_t first, std::int64_t last, std::int32_t* products) {
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  bool any = false;
-  for (std::int64_t unit = first; unit < last; ++unit) {
-    if (!flagged<two>(block, unit)) continue;
-    if (!any) clear_results<two>();
-    any = true;
-    step<how, two>(block.high + unit * step_bytes, kUnitInputs, weights + (unit - first) * unit_bytes);
+// Leaves 128 times the results, and what `c` holds where it is resumed, in the tiles.
+template <bool two>
+void raise_results(const void* resumed) {
+  constexpr int lines = (two ? 32 : 16) * kPanelColumns / kLanes;
+  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
+  store_results<two>(sums);
+  for (int line = 0; line < lines; ++line) {
+    I total = load<I>(sums + line * kLanes) << 7;
+    if (resumed != nullptr) total += load<I>(static_cast<const std::int32_t*>(resumed) + line * kLanes);
+    store(sums + line * kLanes, total);
   }
-  if (any) store_results<two>(products);
-  return any;
+  load_results<two>(sums);
 }
 
 template <bool two>
-void int8_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t first, std::int64_t last, float* c) {
+void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead,
+                float* c) {
   const Layout& layout = *a.layout;
-  const RowBlock& block = a.blocks[index];
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  const std::byte* weights = a.panel + panel * layout.panel_bytes;
-  const std::byte* w = weights + first * layout.unit_bytes;
-  const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
-  if (index == 0) prefetch_scales(panel_side(a, panel));
-  const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
-  const bool resumed = whole && first > 0;
-  if (resumed) {
+  const std::byte* w = a.panel + panel * layout.panel_bytes;
+  if (count_flagged(block, first, last) > 0) {
+    clear_results<two>();
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      if (!flagged(block, unit)) continue;
+      Ahead::ask(ahead);
+      step<Multiply::by_unsigned, two>(block.high + unit * step_bytes, kUnitInputs, w + unit * layout.unit_bytes);
+    }
+    raise_results<two>(first > 0 ? c : nullptr);
+  } else if (first > 0) {
     load_results<two>(c);
   } else {
     clear_results<two>();
   }
-  for (std::int64_t unit = 0; unit < last - first; ++unit) {
-    Ahead::ask(ahead, unit);
-    step<Multiply::by_unsigned, two>(block.low + (first + unit) * step_bytes, kUnitInputs, w + unit * 2048);
+  for (std::int64_t unit = first; unit < last; ++unit) {
+    Ahead::ask(ahead);
+    step<Multiply::by_unsigned, two>(block.low + unit * step_bytes, kUnitInputs, w + unit * layout.unit_bytes);
   }
-  const bool end = last == layout.units;
-  if (whole && last < a.last_unit) {
-    store_results<two>(c);
-    return;
-  }
-  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
-  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
-  store_results<two>(sums);
-  // Once per call, when the panel is in L2: high halves are few, and a chunk of its own for each would cost more.
-  const bool any = last == a.last_unit && high_products<Multiply::by_unsigned, two>(block, weights + a.first_unit * layout.unit_bytes,
-                                                                                     layout.unit_bytes, a.first_unit, last, high);
+  store_results<two>(c);
+  if (last < layout.units) return;
   const F side[2] = {load<F>(panel_side(a, panel)), load<F>(panel_side(a, panel) + kLanes)};
   for (int row = 0; row < block.rows; ++row) {
     const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
     const F scale = splat(block.scale[row]);
     for (int t = 0; t < 2; ++t) {
-      float* to = c + row * kPanelColumns + t * kLanes;
-      I total = load<I>(sums + row * kPanelColumns + t * kLanes);
-      if (first > 0 && !resumed) total += load<I>(to);
-      if (any) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
-      if (end) {
-        store(to, to_float(total - offset) * (side[t] * scale));
-      } else {
-        store(to, total);
-      }
+      float* at = c + row * kPanelColumns + t * kLanes;
+      store(at, to_float(load<I>(at) - offset) * (side[t] * scale));
     }
   }
+}
+
+// Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal.
+template <class Body>
+NUMAGRAFT_INLINE void for_chunks(const GemmArgs& a, std::int64_t units, Body body) {
+  const std::int64_t all = a.last_unit - a.first_unit;
+  const std::int64_t chunks = (all + units - 1) / units;
+  const std::int64_t each = (all + chunks - 1) / chunks;
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += each) {
+      body(panel, first, first + each < a.last_unit ? first + each : a.last_unit, a.c + panel * a.c_panel_stride);
+    }
+  }
+}
+
+void gemm_int8(const GemmArgs& a) {
+  const Layout& layout = *a.layout;
+  for_chunks(a, kInt8ChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+    const std::int64_t bytes = (last - first) * layout.unit_bytes;
+    const std::int64_t steps = count_steps(a, first, last);
+    if (first == a.first_unit) prefetch_scales(panel_side(a, panel));
+    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, bytes, kNear, steps, steps == last - first);
+    for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
+      if (a.blocks[b].stride_rows > 16) {
+        int8_block<true>(a, panel, a.blocks[b], first, last, ahead, c);
+      } else {
+        int8_block<false>(a, panel, a.blocks[b], first, last, ahead, c);
+      }
+    }
+  });
 }
 
 // ---- int4 and mxfp4: a chunk re-rounded to int8, one scale per column and chunk
@@ -270,44 +302,54 @@ NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, c
   }
 }
 
-template <WeightKind kind, bool symmetric, bool two>
-void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int64_t first, std::int64_t last, std::byte* expanded,
-                     float* c) {
-  constexpr std::int64_t early = 4;  // units that are expanded before the tiles need them
-  const Layout& layout = *a.layout;
-  const RowBlock& block = a.blocks[index];
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-  const float* side = panel_side(a, panel) + first / kChunkUnits * kPanelColumns;
-  const Ahead ahead(w, kChunkUnits * layout.unit_bytes, layout.unit_bytes, index, a.block_count);
-  const std::int64_t units = last - first;
-  clear_results<two>();
-  const __m512 inverses[2] = {inverse_scales(side), inverse_scales(side + kTileColumns)};
-  if (index == 0) {
-    prefetch_scales(side + panel_side_floats(layout));
-    for (std::int64_t unit = 0; unit < early && unit < units; ++unit) {
-      expand_unit<kind, symmetric>(layout, w + unit * layout.unit_bytes, inverses, expanded + unit * 2048);
+// The first block expands a chunk, some units before its tiles need them.
+template <WeightKind kind, bool symmetric>
+struct Expansion {
+  static constexpr std::int64_t early = 4;
+  const Layout& layout;
+  const std::byte* from;
+  std::int64_t units;
+  __m512 inverses[2];
+  std::byte* to;
+  std::int64_t done = 0;
+
+  Expansion(const Layout& l, const std::byte* weights, std::int64_t count, const float* side, std::byte* expanded)
+      : layout(l), from(weights), units(count), inverses{inverse_scales(side), inverse_scales(side + kTileColumns)}, to(expanded) {}
+  static inline __attribute__((always_inline)) void reach(Expansion& e, std::int64_t unit) {
+    const std::int64_t end = unit + early < e.units ? unit + early : e.units;
+    for (; e.done < end; ++e.done) {
+      expand_unit<kind, symmetric>(e.layout, e.from + e.done * e.layout.unit_bytes, e.inverses, e.to + e.done * 2048);
     }
   }
-  for (std::int64_t unit = 0; unit < units; ++unit) {
-    if (index == 0 && unit + early < units) {
-      expand_unit<kind, symmetric>(layout, w + (unit + early) * layout.unit_bytes, inverses, expanded + (unit + early) * 2048);
+};
+
+template <WeightKind kind, bool symmetric, bool two>
+void rerounded_block(const RowBlock& block, std::int64_t first, std::int64_t last, Expansion<kind, symmetric>& expansion,
+                     const float* side, Ahead& ahead, float* c) {
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  clear_results<two>();
+  if (count_flagged(block, first, last) > 0) {
+    for (std::int64_t unit = 0; unit < last - first; ++unit) {
+      if (!flagged(block, first + unit)) continue;
+      Expansion<kind, symmetric>::reach(expansion, unit + 1);
+      Ahead::ask(ahead);
+      step<Multiply::by_signed, two>(block.high + (first + unit) * step_bytes, kUnitInputs, expansion.to + unit * 2048);
     }
-    Ahead::ask(ahead, unit);
-    step<Multiply::by_signed, two>(block.low + (first + unit) * step_bytes, kUnitInputs, expanded + unit * 2048);
+    raise_results<two>(nullptr);
+  }
+  for (std::int64_t unit = 0; unit < last - first; ++unit) {
+    Expansion<kind, symmetric>::reach(expansion, unit + 1);
+    Ahead::ask(ahead);
+    step<Multiply::by_signed, two>(block.low + (first + unit) * step_bytes, kUnitInputs, expansion.to + unit * 2048);
   }
   alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
-  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   store_results<two>(sums);
-  const bool any = high_products<Multiply::by_signed, two>(block, expanded, 2048, first, last, high);
   const F scales[2] = {load<F>(side), load<F>(side + kLanes)};
   for (int row = 0; row < block.rows; ++row) {
     const F by = splat(block.scale[row]);
     for (int t = 0; t < 2; ++t) {
       float* to = c + row * kPanelColumns + t * kLanes;
-      I total = load<I>(sums + row * kPanelColumns + t * kLanes);
-      if (any) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
-      const F value = to_float(total) * (scales[t] * by);
+      const F value = to_float(load<I>(sums + row * kPanelColumns + t * kLanes)) * (scales[t] * by);
       store(to, first > 0 ? load<F>(to) + value : value);
     }
   }
@@ -316,35 +358,25 @@ void rerounded_block(const GemmArgs& a, std::int64_t panel, int index, std::int6
 template <WeightKind kind, bool symmetric>
 void gemm_rerounded(const GemmArgs& a) {
   alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
+  const Layout& layout = *a.layout;
   prefetch_first_scales(a);
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
       const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
+      const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
+      const float* side = panel_side(a, panel) + first / kChunkUnits * kPanelColumns;
+      prefetch_scales(side + panel_side_floats(layout));
+      Expansion<kind, symmetric> expansion(layout, w, last - first, side, expanded);
+      const std::int64_t steps = count_steps(a, first, last);
+      Ahead ahead(w, (last - first) * layout.unit_bytes, kChunkUnits * layout.unit_bytes,
+                  kNear + expansion.early * layout.unit_bytes, steps, steps == last - first);
       float* c = a.c + panel * a.c_panel_stride;
-      for (int b = 0; b < a.block_count; ++b) {
+      for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
         if (a.blocks[b].stride_rows > 16) {
-          rerounded_block<kind, symmetric, true>(a, panel, b, first, last, expanded, c);
+          rerounded_block<kind, symmetric, true>(a.blocks[b], first, last, expansion, side, ahead, c);
         } else {
-          rerounded_block<kind, symmetric, false>(a, panel, b, first, last, expanded, c);
+          rerounded_block<kind, symmetric, false>(a.blocks[b], first, last, expansion, side, ahead, c);
         }
-        c += a.blocks[b].rows * kPanelColumns;
-      }
-    }
-  }
-}
-
-void gemm_int8(const GemmArgs& a) {
-  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
-      float* c = a.c + panel * a.c_panel_stride;
-      for (int b = 0; b < a.block_count; ++b) {
-        if (a.blocks[b].stride_rows > 16) {
-          int8_block<true>(a, panel, b, first, last, c);
-        } else {
-          int8_block<false>(a, panel, b, first, last, c);
-        }
-        c += a.blocks[b].rows * kPanelColumns;
       }
     }
   }
@@ -355,26 +387,20 @@ void gemm_int8(const GemmArgs& a) {
 constexpr std::int64_t kFloatChunkUnits = kChunkUnits / 2;
 
 template <bool two>
-void bf16_block(const std::byte* weights, const Ahead& ahead, const RowBlock& block, std::int64_t first, std::int64_t last, float* c) {
+void bf16_block(const std::byte* weights, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead, float* c) {
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs * 2;
-  alignas(64) float sums[kBlockRows * kPanelColumns];
-  const bool whole = block.rows == (two ? 32 : 16);  // otherwise c has no room for the padded rows
-  float* results = whole ? c : sums;
   if (first == 0) {
     clear_results<two>();
   } else {
-    if (!whole) __builtin_memcpy(sums, c, static_cast<std::size_t>(block.rows) * kRowBytes);
-    load_results<two>(results);
+    load_results<two>(c);
   }
   for (std::int64_t unit = first; unit < last; ++unit) {
-    const std::byte* w = weights + (unit - first) * 4096;
-    const std::byte* x = block.low + unit * step_bytes;
-    Ahead::ask(ahead, unit - first);
-    step<Multiply::bf16, two>(x, kUnitInputs * 2, w);
-    step<Multiply::bf16, two>(x + 64, kUnitInputs * 2, w + 2048);
+    for (int half = 0; half < 2; ++half) {
+      Ahead::ask(ahead);
+      step<Multiply::bf16, two>(block.low + unit * step_bytes + half * 64, kUnitInputs * 2, weights + (unit - first) * 4096 + half * 2048);
+    }
   }
-  store_results<two>(results);
-  if (!whole) __builtin_memcpy(c, sums, static_cast<std::size_t>(block.rows) * kRowBytes);
+  store_results<two>(c);
 }
 
 // Scaled, so that a panel's sums need no visit every 128 inputs; rounded half away from zero.
@@ -407,36 +433,29 @@ void expand_fp8(const std::byte* unit, const float* side, std::byte* to) {
 
 void gemm_bf16(const GemmArgs& a) {
   const Layout& layout = *a.layout;
-  const bool fp8 = layout.kind == WeightKind::fp8;
-  if (fp8) prefetch_first_scales(a);
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
-  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kFloatChunkUnits) {
-      const std::int64_t last = first + kFloatChunkUnits < a.last_unit ? first + kFloatChunkUnits : a.last_unit;
-      const std::byte* weights = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-      if (fp8) {
-        for (std::int64_t unit = first; unit < last; ++unit) {
-          const std::byte* w = weights + (unit - first) * layout.unit_bytes;
-          const float* scales = panel_side(a, panel) + unit * kUnitInputs / kFp8Block * kPanelColumns;
-          prefetch_scales(scales + panel_side_floats(layout));
-          expand_fp8(w, scales, expanded + (unit - first) * 4096);
-        }
-        weights = expanded;
+  if (layout.kind == WeightKind::fp8) prefetch_first_scales(a);
+  for_chunks(a, kFloatChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+    const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
+    const std::byte* weights = stream;
+    if (layout.kind == WeightKind::fp8) {
+      for (std::int64_t unit = first; unit < last; ++unit) {
+        const float* scales = panel_side(a, panel) + unit * kUnitInputs / kFp8Block * kPanelColumns;
+        prefetch_scales(scales + panel_side_floats(layout));
+        expand_fp8(stream + (unit - first) * layout.unit_bytes, scales, expanded + (unit - first) * 4096);
       }
-      float* c = a.c + panel * a.c_panel_stride;
-      const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        const Ahead ahead(stream, kFloatChunkUnits * layout.unit_bytes, layout.unit_bytes, b, a.block_count);
-        if (block.stride_rows > 16) {
-          bf16_block<true>(weights, ahead, block, first, last, c);
-        } else {
-          bf16_block<false>(weights, ahead, block, first, last, c);
-        }
-        c += block.rows * kPanelColumns;
+      weights = expanded;
+    }
+    const std::int64_t bytes = (last - first) * layout.unit_bytes;
+    Ahead ahead(stream, bytes, bytes, kNear, 2 * (last - first) * a.block_count, a.block_count == 1);
+    for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
+      if (a.blocks[b].stride_rows > 16) {
+        bf16_block<true>(weights, a.blocks[b], first, last, ahead, c);
+      } else {
+        bf16_block<false>(weights, a.blocks[b], first, last, ahead, c);
       }
     }
-  }
+  });
 }
 
 }  // namespace

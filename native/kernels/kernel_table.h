@@ -25,7 +25,7 @@ struct RowBlock {
   const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set. bf16_f16: the fp16 values
   const float* scale = nullptr;           // [rows]; of bf16_f16's fp16 values
   const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
-  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each
+  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each, or null
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
   int rows = 0;
   int stride_rows = 0;
@@ -46,13 +46,14 @@ struct PrepareArgs {
   std::int64_t unit_stride;     // elements between units of low (and high)
   float* scale;
   std::int32_t* sum;
-  float* group_sum;             // halves and wide
+  float* group_sum;             // halves and wide; null: not wanted
   std::int64_t group_stride;    // floats between units
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
 };
 
-// c[panel][row][32] = inputs x weights, scaled, without bias, for consecutive panels; `rows` counts over all blocks.
+// c[panel][row][32] = inputs x weights, scaled, without bias, for consecutive panels; `rows` counts over all blocks. A
+// panel of c must have room for the stride_rows of the last block.
 struct GemmArgs {
   const Layout* layout;
   const std::byte* panel;       // the first panel

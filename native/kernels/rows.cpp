@@ -70,11 +70,6 @@ float choose_scale(const PrepareArgs& a, const Spread& spread) {
   return scale;
 }
 
-// The 64 inputs of a unit as integers.
-struct UnitIntegers {
-  I q[4];
-};
-
 NUMAGRAFT_INLINE void load_unit(const PrepareArgs& a, std::int64_t first, F (&x)[4]) {
   if (first + kUnitInputs <= a.k) {
     for (int v = 0; v < 4; ++v) x[v] = load_as_float(a.x, a.dtype, first + v * kLanes);
@@ -87,42 +82,52 @@ NUMAGRAFT_INLINE void load_unit(const PrepareArgs& a, std::int64_t first, F (&x)
 
 template <RowForm form>
 NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
-  const float scale = choose_scale(a, measure(a));
+  const Spread spread = measure(a);
+  const float scale = choose_scale(a, spread);
   *a.scale = scale;
   const F inverse = splat(scale > 0 ? 1.0f / scale : 0.0f);
   const bool finite = scale == scale;
+  float largest;
+  __builtin_memcpy(&largest, &spread.largest_bits, 4);
+  const bool one_half = largest <= scale * 127.49f;  // else some integers are beyond int8
   I total = {};
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    UnitIntegers integers;
     F x[4];
+    I q[4];
     load_unit(a, unit * kUnitInputs, x);
-    for (int v = 0; v < 4; ++v) integers.q[v] = finite ? round_to_int(x[v] * inverse) : I{};
-    const I first = integers.q[0] + integers.q[1];
-    const I second = integers.q[2] + integers.q[3];
+    for (int v = 0; v < 4; ++v) q[v] = finite ? round_to_int(x[v] * inverse) : I{};
+    const I first = q[0] + q[1];
+    const I second = q[2] + q[3];
     total += first + second;
-    float* group_sum = a.group_sum + unit * a.group_stride;
-    group_sum[0] = static_cast<float>(sum_lanes(first));
-    group_sum[1] = static_cast<float>(sum_lanes(second));
+    if (a.group_sum != nullptr) {
+      float* group_sum = a.group_sum + unit * a.group_stride;
+      group_sum[0] = static_cast<float>(sum_lanes(first));
+      group_sum[1] = static_cast<float>(sum_lanes(second));
+    }
     if constexpr (form == RowForm::wide) {
       auto* low = reinterpret_cast<std::int16_t*>(a.low) + unit * a.unit_stride;
-      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(integers.q[v], I16));
+      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I16));
     } else {
       auto* low = reinterpret_cast<std::int8_t*>(a.low) + unit * a.unit_stride;
       auto* high = reinterpret_cast<std::int8_t*>(a.high) + unit * a.unit_stride;
-      I any = {};
-      I upper[4];
-      for (int v = 0; v < 4; ++v) {
-        const I q = integers.q[v];
-        const I wide = (q > 127) | (q < -127);
-        upper[v] = ((q + 64) >> 7) & wide;
-        any |= upper[v];
-        store(low + v * kLanes, __builtin_convertvector(q - (upper[v] << 7), I8));
+      if (!one_half) {
+        I any = {};
+        I upper[4];
+        for (int v = 0; v < 4; ++v) {
+          const I wide = (q[v] > 127) | (q[v] < -127);
+          upper[v] = ((q[v] + 64) >> 7) & wide;
+          any |= upper[v];
+          q[v] -= upper[v] << 7;
+        }
+        // Rows of one block may be prepared by several threads. Where this row needs no high half another may.
+        for (int v = 0; v < 4; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
+        if (any_lane(any) && !(__atomic_load_n(a.flags + unit, __ATOMIC_RELAXED) & a.flag_bit)) {
+          __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
+        }
+      } else {
+        for (int v = 0; v < 4; ++v) store(high + v * kLanes, I8{});
       }
-      std::int32_t flagged = 0;
-      for (int lane = 0; lane < kLanes; ++lane) flagged |= any[lane];
-      for (int v = 0; v < 4; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
-      // rows of one block may be prepared by several threads
-      if (flagged) __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
+      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I8));
     }
   }
   *a.sum = sum_lanes(total);

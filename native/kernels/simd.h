@@ -4,6 +4,10 @@
 
 #include "kernels/format.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 // Vectors of 16 lanes for the code that is one source on every ISA (rows, epilogues, packing): the compiler splits them to
 // the registers there are. Everything has internal linkage: an ISA object must not export an inline function, or the
 // linker might keep its copy for everyone.
@@ -105,9 +109,23 @@ NUMAGRAFT_INLINE float sum_lanes(F v) {
   return total;
 }
 NUMAGRAFT_INLINE std::int32_t sum_lanes(I v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
   std::int32_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
+}
+// Whether any bit of any lane is set.
+NUMAGRAFT_INLINE bool any_lane(I v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#else
+  typedef std::uint64_t U64 __attribute__((vector_size(64)));
+  const U64 words = (U64)v;
+  return (words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]) != 0;
+#endif
 }
 
 // e^x to 2 ulp, clamped so that it neither overflows nor vanishes; NaN passes through.

@@ -207,7 +207,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       std::vector<Seat> seats;
       std::size_t bytes = 0;
       std::int64_t most_gathered = 0;
-      const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).bytes());
+      const auto block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).low_block_bytes());
       for (const Role& role : roster.roles(worker)) {
         Seat seat;
         seat.role = role;
@@ -349,14 +349,10 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
     if (rows == 1) {
       seat.blocks.push_back(inputs.block(seat.inputs, work.tokens.begin + work.routing->tokens[static_cast<std::size_t>(chosen.first + first)]));
     } else {
-      gathered.clear_flags(seat.gathered, 0, gathered.blocks());
-      for (std::int64_t row = 0; row < rows; ++row) {
-        const std::int64_t token = work.tokens.begin + work.routing->tokens[static_cast<std::size_t>(chosen.first + first + row)];
-        gathered.copy(seat.gathered, row, inputs, seat.inputs, token);
-      }
+      gathered.gather(seat.gathered, inputs, seat.inputs, work.tokens.begin, work.routing->tokens.data() + chosen.first + first);
       for (std::int64_t b = 0; b < gathered.blocks(); ++b) seat.blocks.push_back(gathered.block(seat.gathered, b));
     }
-    const std::int64_t panel_stride = rows * kPanelColumns;
+    const std::int64_t panel_stride = gathered.padded_rows() * kPanelColumns;
     const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (2 * panel_stride * 4), 1, pairs.end - pairs.begin);
     for (std::int64_t pair = pairs.begin; pair < pairs.end; pair += together) {
       const std::int64_t count = std::min(together, pairs.end - pair);
@@ -412,7 +408,7 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
           seat.blocks.push_back(rows.block(work.prepared + work.inner_offsets[e], b));
           count += seat.blocks.back().rows;
         }
-        const std::int64_t panel_stride = count * kPanelColumns;
+        const std::int64_t panel_stride = ((seat.blocks.size() - 1) * kBlockRows + seat.blocks.back().stride_rows) * kPanelColumns;
         const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (panel_stride * 4), 1, panels);
         for (std::int64_t panel = 0; panel < panels; panel += together) {
           const std::int64_t now = std::min(together, panels - panel);

@@ -14,6 +14,7 @@ constexpr std::int64_t kSelfPreparedRows = 2;    // up to here every worker prep
 constexpr std::int64_t kSplitReplicaRows = 64;   // from here replicas split the rows instead of the columns
 constexpr std::int64_t kSplitRows = 384;         // from here workers split the rows instead of the columns
 constexpr std::int64_t kPreparedBytes = 1 << 20; // prepared rows that a worker keeps in its L2 while it goes over the panels
+constexpr float kFewHighHalves = 0.005f;         // input error from which high halves are few
 constexpr std::int64_t kSlabBytes = 64 << 20;    // prepared rows of one slab of a call
 constexpr std::int64_t kChunksPerWorker = 4;     // of a queue: what the last to finish keep the others waiting is a quarter of it
 
@@ -204,7 +205,11 @@ void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepar
 
 // Blocks that share a pass over the panels.
 std::int64_t LinearWeights::blocks_together() const {
-  const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, in_features_, kBlockRows).bytes());
+  const RowSet block(*kernels_, format_.kind, in_features_, kBlockRows);
+  const bool rerounds = kernels_->rerounds && (format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4);
+  // Inputs that keep 15 bits have a high half in nearly every unit.
+  const bool halves = linear_input_error(format_, rerounds) < kFewHighHalves;
+  const auto block_bytes = static_cast<std::int64_t>(block.low_block_bytes()) * (halves ? 2 : 1);
   return std::max<std::int64_t>(kPreparedBytes / block_bytes, 2);
 }
 

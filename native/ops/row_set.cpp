@@ -18,6 +18,7 @@ RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std:
       rows_(rows),
       block_rows_(block_rows),
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
+      group_sums_(!tiles_ && (kind == WeightKind::int4 || kind == WeightKind::mxfp4)),
       full_block_bytes_(offsets(block_rows).end),
       bytes_(rows == 0 ? 0 : block_offset(blocks() - 1) + offsets(stride_rows(blocks() - 1)).end) {}
 
@@ -30,7 +31,6 @@ int RowSet::stride_rows(std::int64_t block) const {
 RowSet::Offsets RowSet::offsets(int stride_rows) const {
   const auto rows = static_cast<std::size_t>(stride_rows);
   const auto units = static_cast<std::size_t>(units_);
-  const bool integers = form_ == RowForm::halves || form_ == RowForm::wide;
   const std::size_t data = units * rows * kUnitInputs * static_cast<std::size_t>(element_bytes(form_));
   Offsets o{};
   o.low = 0;
@@ -38,7 +38,7 @@ RowSet::Offsets RowSet::offsets(int stride_rows) const {
   o.scale = o.high + (form_ == RowForm::halves || form_ == RowForm::bf16_f16 ? data : 0);
   o.sum = o.scale + whole_lines(rows * sizeof(float));
   o.group_sum = o.sum + whole_lines(rows * sizeof(std::int32_t));
-  o.flags = o.group_sum + (integers ? whole_lines(units * rows * 2 * sizeof(float)) : 0);
+  o.flags = o.group_sum + (group_sums_ ? whole_lines(units * rows * 2 * sizeof(float)) : 0);
   // An odd number of lines keeps blocks of a power-of-two size from falling into the same cache sets.
   o.end = o.flags + whole_lines(units);
   if (o.end / kLine % 2 == 0) o.end += kLine;
@@ -55,7 +55,7 @@ RowBlock RowSet::block(std::byte* base, std::int64_t index) const {
   block.high = at + o.high;
   block.scale = reinterpret_cast<const float*>(at + o.scale);
   block.sum = reinterpret_cast<const std::int32_t*>(at + o.sum);
-  block.group_sum = reinterpret_cast<const float*>(at + o.group_sum);
+  block.group_sum = group_sums_ ? reinterpret_cast<const float*>(at + o.group_sum) : nullptr;
   block.flags = reinterpret_cast<const std::uint8_t*>(at + o.flags);
   block.rows = left < block_rows_ ? static_cast<int>(left) : block_rows_;
   block.stride_rows = stride;
@@ -87,53 +87,73 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.unit_stride = std::int64_t{stride} * kUnitInputs;
   args.scale = reinterpret_cast<float*>(at + o.scale) + in_block;
   args.sum = reinterpret_cast<std::int32_t*>(at + o.sum) + in_block;
-  args.group_sum = reinterpret_cast<float*>(at + o.group_sum) + in_block * 2;
+  args.group_sum = group_sums_ ? reinterpret_cast<float*>(at + o.group_sum) + in_block * 2 : nullptr;
   args.group_stride = std::int64_t{stride} * 2;
   args.flags = reinterpret_cast<std::uint8_t*>(at + o.flags);
   args.flag_bit = static_cast<std::uint8_t>(1 << (in_block / 16));
   kernels_->prepare(args);
 }
 
-void RowSet::copy(std::byte* base, std::int64_t row, const RowSet& source, std::byte* source_base, std::int64_t source_row) const {
-  const std::int64_t index = row / block_rows_;
-  const auto in_block = static_cast<std::size_t>(row % block_rows_);
-  const auto stride = static_cast<std::size_t>(stride_rows(index));
-  const Offsets to = offsets(static_cast<int>(stride));
-  std::byte* at = base + block_offset(index);
-  const std::int64_t source_index = source_row / source.block_rows_;
-  const auto in_source = static_cast<std::size_t>(source_row % source.block_rows_);
-  const auto source_stride = static_cast<std::size_t>(source.stride_rows(source_index));
-  const Offsets from = source.offsets(static_cast<int>(source_stride));
-  const std::byte* source_at = source_base + source.block_offset(source_index);
+void RowSet::gather(std::byte* base, const RowSet& source, std::byte* source_base, std::int64_t first_source,
+                    const std::int32_t* sources) const {
+  const Offsets from = source.offsets(1);
   const std::size_t unit_bytes = kUnitInputs * static_cast<std::size_t>(element_bytes(form_));
   const auto units = static_cast<std::size_t>(units_);
-  const bool integers = form_ == RowForm::halves || form_ == RowForm::wide;
-  // fp16 values are for rows that are multiplied one by one, where they lie
-  const auto bit = static_cast<std::uint8_t>(1 << (in_block / 16));
-  const auto source_bit = static_cast<std::uint8_t>(1 << (in_source / 16));
-  for (std::size_t unit = 0; unit < units; ++unit) {
-    std::memcpy(at + to.low + (unit * stride + in_block) * unit_bytes,
-                source_at + from.low + (unit * source_stride + in_source) * unit_bytes, unit_bytes);
-    if (integers) {
-      std::memcpy(at + to.group_sum + (unit * stride + in_block) * 8,
-                  source_at + from.group_sum + (unit * source_stride + in_source) * 8, 8);
+  const std::byte* rows[kBlockRows];
+  for (std::int64_t index = 0; index < blocks(); ++index) {
+    const std::int64_t first = index * block_rows_;
+    const auto count = static_cast<std::size_t>(rows_ - first < block_rows_ ? rows_ - first : block_rows_);
+    const auto stride = static_cast<std::size_t>(stride_rows(index));
+    const Offsets to = offsets(static_cast<int>(stride));
+    std::byte* at = base + block_offset(index);
+    for (std::size_t row = 0; row < count; ++row) {
+      const std::int64_t from_row = first_source + sources[static_cast<std::size_t>(first) + row];
+      rows[row] = source_base + source.block_offset(from_row);
+      std::memcpy(at + to.scale + row * 4, rows[row] + from.scale, 4);
+      std::memcpy(at + to.sum + row * 4, rows[row] + from.sum, 4);
     }
-  }
-  if (form_ == RowForm::halves) {
-    // The high half is written only where a flag says that it is read.
-    const auto* source_flags = reinterpret_cast<const std::uint8_t*>(source_at + from.flags);
-    auto* flags = reinterpret_cast<std::uint8_t*>(at + to.flags);
+    // fp16 values are for rows that are multiplied one by one, where they lie: they stay there.
+    // Unit by unit: the rows are read, and the block is written, from front to back.
     for (std::size_t unit = 0; unit < units; ++unit) {
-      if (!(source_flags[unit] & source_bit)) continue;
-      // A flag of either tile makes kernels read the high half of every row.
-      if (flags[unit] == 0) std::memset(at + to.high + unit * stride * unit_bytes, 0, stride * unit_bytes);
-      flags[unit] |= bit;
-      std::memcpy(at + to.high + (unit * stride + in_block) * unit_bytes,
-                  source_at + from.high + (unit * source_stride + in_source) * unit_bytes, unit_bytes);
+      std::byte* low = at + to.low + unit * stride * unit_bytes;
+      for (std::size_t row = 0; row < count; ++row) {
+        const std::byte* low_row = rows[row] + from.low + unit * unit_bytes;
+        if (unit_bytes == 64) {
+          std::memcpy(low + row * 64, low_row, 64);
+        } else {
+          std::memcpy(low + row * unit_bytes, low_row, unit_bytes);
+        }
+      }
+    }
+    if (group_sums_) {
+      for (std::size_t unit = 0; unit < units; ++unit) {
+        for (std::size_t row = 0; row < count; ++row) {
+          std::memcpy(at + to.group_sum + (unit * stride + row) * 8, rows[row] + from.group_sum + unit * 8, 8);
+        }
+      }
+    }
+    auto* flags = reinterpret_cast<std::uint8_t*>(at + to.flags);
+    std::memset(flags, 0, units);
+    if (form_ != RowForm::halves) continue;
+    for (std::size_t row = 0; row < count; ++row) {
+      const auto* row_flags = reinterpret_cast<const std::uint8_t*>(rows[row] + from.flags);
+      for (std::size_t unit = 0; unit < units; ++unit) {
+        if (row_flags[unit]) flags[unit] = static_cast<std::uint8_t>(flags[unit] | 1 << (row / 16));
+      }
+    }
+    // A flag of either tile makes kernels read the high half of every row.
+    for (std::size_t unit = 0; unit < units; ++unit) {
+      if (!flags[unit]) continue;
+      std::byte* high = at + to.high + unit * stride * unit_bytes;
+      for (std::size_t row = 0; row < count; ++row) {
+        if (reinterpret_cast<const std::uint8_t*>(rows[row] + from.flags)[unit]) {
+          std::memcpy(high + row * unit_bytes, rows[row] + from.high + unit * unit_bytes, unit_bytes);
+        } else {
+          std::memset(high + row * unit_bytes, 0, unit_bytes);
+        }
+      }
     }
   }
-  std::memcpy(at + to.scale + in_block * 4, source_at + from.scale + in_source * 4, 4);
-  std::memcpy(at + to.sum + in_block * 4, source_at + from.sum + in_source * 4, 4);
 }
 
 }  // namespace numagraft

@@ -16,6 +16,10 @@ class RowSet {
   std::int64_t rows() const { return rows_; }
   std::int64_t blocks() const { return (rows_ + block_rows_ - 1) / block_rows_; }
   std::size_t bytes() const { return bytes_; }
+  // Rows with the padding of the last block: what a panel of results must have room for.
+  std::int64_t padded_rows() const { return rows_ == 0 ? 0 : (blocks() - 1) * block_rows_ + stride_rows(blocks() - 1); }
+  // What a kernel reads of a full block while few units have a high half.
+  std::size_t low_block_bytes() const { return offsets(block_rows_).high; }
 
   RowBlock block(std::byte* base, std::int64_t index) const;
   // Call before rows of these blocks are prepared or gathered.
@@ -23,8 +27,10 @@ class RowSet {
 
   // Row `row` from k contiguous values of any dtype.
   void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error) const;
-  // Row `row` from a prepared row of another set over the same inputs.
-  void copy(std::byte* base, std::int64_t row, const RowSet& source, std::byte* source_base, std::int64_t source_row) const;
+  // Every row, row i from prepared row first_source + sources[i] of another set over the same inputs whose blocks hold one
+  // row each. Clears the flags itself.
+  void gather(std::byte* base, const RowSet& source, std::byte* source_base, std::int64_t first_source,
+              const std::int32_t* sources) const;
 
  private:
   struct Place;
@@ -42,6 +48,7 @@ class RowSet {
   std::int64_t rows_;
   int block_rows_;
   bool tiles_;
+  bool group_sums_;  // tiles put a group's minimum into the weights
   std::size_t full_block_bytes_;
   std::size_t bytes_;
 };
