@@ -2,7 +2,7 @@
 
     python -m benchmarks.suite --json OUT.json
     python -m benchmarks.suite --json OUT.json --only 'experts-A-.*' --kt-python /opt/kt/bin/python
-    python -m benchmarks.suite --json OUT.json --resume --wrap 'numactl -N 0'
+    python -m benchmarks.suite --json OUT.json --resume --budget 60 --wrap 'numactl -N 0'
 
 Results are written to OUT.json after every case; `--resume` keeps those that are there. The table (suite.md) and the plot
 (suite.png) go to `--docs`, docs/benchmarks by default.
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--wrap", default="", help="a command that each case is run under, such as 'numactl -N 0'")
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--timeout", type=float, default=600, help="seconds per case")
+    made.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this long; --resume goes on")
     made.add_argument("--list", action="store_true", help="print the cases' ids and stop")
     return made
 
@@ -112,8 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--only {options.only!r} matches no case; --list --only '.*' names them", file=sys.stderr)
         return 2
     results: dict[str, Any] = json.loads(options.json.read_text()) if options.resume and options.json.exists() else {}
+    started, left = time.perf_counter(), 0
     for index, case in enumerate(cases, start=1):
         if "failed" not in results.get(case.id, {"failed": ""}):
+            continue
+        if options.budget is not None and time.perf_counter() - started >= options.budget:
+            left += 1
             continue
         begin = time.perf_counter()
         results[case.id] = run_case(case, options)
@@ -123,10 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{index}/{len(cases)}] {case.id}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
     table = rows_of([case for case in all_cases() if case.id in results], results)
     written = write_docs(table, results, options.docs)
-    columns = ("case", "µs", "GB/s", "T op/s", "of the limit", "aim", "stretch", "error", "faster than")
+    columns = ("case", "µs", "GB/s", "T op/s", "of the limit", "aim", "stretch", "met", "error", "weights", "packing")
+    columns += ("faster than",)
     emit(
         {
             "cases": len(results),
+            "left": left,
             "failed": sorted(id for id, found in results.items() if "failed" in found),
             "results": str(options.json),
             "written": [str(path) for path in written],

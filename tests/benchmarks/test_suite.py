@@ -116,3 +116,32 @@ def test_operator_benchmarks_print_every_key(module, sizes, format, tokens, caps
         assert found["error_weights"] < {"bf16": 1e-6, "int8": 0.02, "int4": 0.09}[format]
     # a wrong expert, layout or scale gives an error near 1
     assert found["error_dequantised"] < 0.03
+
+
+def test_no_case_starts_beyond_the_budget_and_the_rest_can_be_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run_case", lambda case, options: dict(OURS))
+    arguments = [
+        "--json",
+        str(tmp_path / "out.json"),
+        "--docs",
+        str(tmp_path),
+        "--no-peers",
+        "--only",
+        "experts-A-1-.*",
+    ]
+    suite.main([*arguments, "--budget", "0"])
+    assert json.loads((tmp_path / "out.json").read_text() if (tmp_path / "out.json").exists() else "{}") == {}
+    suite.main([*arguments, "--budget", "100", "--resume"])
+    assert len(json.loads((tmp_path / "out.json").read_text())) > 3
+    assert last_json(capsys.readouterr().out)["left"] == 0
+
+
+def test_a_share_of_torch_is_met_from_below_and_a_fraction_from_above():
+    shared = Case("x", "x", "experts", (), figure="share_of_torch", aim=0.55, peers=("torch",))
+    row = rows_of([shared], {"x": {**OURS, "us_median": 50.0}, "torch": {**TORCH, "us_median": 100.0}})[0]
+    assert (row.figure, row.met) == (0.5, True)
+    row = rows_of([shared], {"x": {**OURS, "us_median": 60.0}, "torch": {**TORCH, "us_median": 100.0}})[0]
+    assert row.met is False
+    assert rows_of([shared], {"x": OURS})[0].met is None
+    fraction = Case("y", "y", "experts", (), aim=0.85)
+    assert rows_of([fraction], {"y": OURS})[0].met is True
