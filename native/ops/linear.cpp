@@ -206,7 +206,7 @@ void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepar
 // Blocks that share a pass over the panels.
 std::int64_t LinearWeights::blocks_together() const {
   const RowSet block(*kernels_, format_.kind, in_features_, kBlockRows);
-  const bool rerounds = kernels_->rerounds && (format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4);
+  const bool rerounds = kernels_->reround_rows_from > 0 && (format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4);
   // Inputs that keep 15 bits have a high half in nearly every unit.
   const bool halves = linear_input_error(format_, rerounds) < kFewHighHalves;
   const auto block_bytes = static_cast<std::int64_t>(block.low_block_bytes()) * (halves ? 2 : 1);

@@ -18,7 +18,7 @@ RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std:
       rows_(rows),
       block_rows_(block_rows),
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
-      group_sums_(!tiles_ && (kind == WeightKind::int4 || kind == WeightKind::mxfp4)),
+      group_sums_(kind == WeightKind::int4 || kind == WeightKind::mxfp4),
       full_block_bytes_(offsets(block_rows).end),
       bytes_(rows == 0 ? 0 : block_offset(blocks() - 1) + offsets(stride_rows(blocks() - 1)).end) {}
 

@@ -48,7 +48,7 @@ class RowSet {
   std::int64_t rows_;
   int block_rows_;
   bool tiles_;
-  bool group_sums_;  // tiles put a group's minimum into the weights
+  bool group_sums_;  // int4 and mxfp4: a few rows of a block may meet vectors, which want them
   std::size_t full_block_bytes_;
   std::size_t bytes_;
 };
