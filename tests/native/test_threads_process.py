@@ -142,6 +142,7 @@ def test_child_forked_while_others_call_and_allocate() -> None:
 def test_interrupt_during_a_call_is_raised_after_it() -> None:
     process = start(
         """
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit SIGINT as ignored
         r = Runtime(layout)
         mask = os.sched_getaffinity(0)
         r.observe_workers()
