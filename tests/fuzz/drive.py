@@ -1,4 +1,4 @@
-"""One fuzzing process: `python -m tests.fuzz.drive TARGET FOLDER SECONDS [--planted]`. Needs atheris; never returns."""
+"""One fuzzing process: `python -m tests.fuzz.drive TARGET FOLDER SECONDS [--planted] [--seed=N]`. Needs atheris; never returns."""
 
 from __future__ import annotations
 
@@ -218,6 +218,7 @@ def main() -> None:
         f"-artifact_prefix={work}/",
         "-print_final_stats=1",
         "-verbosity=0",
+        *(f"-seed={flag.removeprefix('--seed=')}" for flag in flags if flag.startswith("--seed=")),
     ]
     print(f"INFO: {instrument()} functions instrumented", file=sys.stderr)
     target = targets.TARGETS[name]

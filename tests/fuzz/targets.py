@@ -19,7 +19,7 @@ from typing import Any
 from numagraft.errors import NumagraftError
 from numagraft.platform import Platform
 
-#: seconds of processor time that one input may take: the bar of issue and docs, instrumentation included
+#: seconds of processor time that one input may take: instrumentation included
 MAX_SECONDS = 2.0
 
 ROOT = Path(__file__).resolve().parents[2]
