@@ -41,6 +41,19 @@ def test_console_script_runs():
     assert json.loads(shown.stdout.strip().splitlines()[-1])
 
 
+def test_the_installed_example_package_is_found():
+    """`run.py` has installed `examples/preset-package` beside the wheel; its package is found and never imported."""
+    script = Path(sys.prefix) / "bin" / "numagraft"
+    listed = subprocess.run([script, "rules", "list", "--json"], capture_output=True, text=True, check=True).stdout
+    assert '"example/small-and-exact"' in listed and '"platform/one-node"' in listed
+    code = (
+        "import sys; from numagraft.presets import find; find('example/small-and-exact').manifest(); "
+        "print('numagraft_presets_example' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "False", found.stderr
+
+
 def test_a_model_is_grafted_and_proven():
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -48,6 +48,10 @@ def main() -> int:
         (wheel,) = (work / "dist").glob("*.whl")
         python = install(wheel, work / "env")
         shutil.copy(HERE / "installed.py", work / "installed.py")
+        # a copy: setuptools leaves build folders beside the sources
+        example = shutil.copytree(ROOT / "examples" / "preset-package", work / "preset-package")
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+        subprocess.run([*pip, str(example)], check=True)
         print(f"testing {wheel.name} ({wheel.stat().st_size / 2**20:.1f} MiB)", flush=True)
         quiet = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(
