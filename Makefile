@@ -51,6 +51,7 @@ test-slow: build  ## the tests that take long
 test-all: test test-slow
 
 fuzz: build  ## coverage-guided fuzzing of rules, templates, plans and imports, about 80 s; says so where atheris is missing
+	-@$(PY) -m pip install --quiet --only-binary=:all: "atheris>=2.3"
 	$(PY) -m tests.fuzz
 
 wheel-test: build  ## build the wheel, install it elsewhere, test it from outside the tree
