@@ -21,6 +21,8 @@ from numagraft.platform import Platform
 
 #: seconds of processor time that one input may take: instrumentation included
 MAX_SECONDS = 2.0
+#: more of an input that took longer
+RUNS = 2
 
 ROOT = Path(__file__).resolve().parents[2]
 PLATFORM = Platform.virtual(2, cores_per_node=2)
@@ -166,13 +168,21 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def run(target: Callable[[bytes], None], data: bytes) -> None:
-    """One input. Raises whatever is not one of our errors, and SlowInput."""
+    """One input. Raises whatever is not one of our errors, and SlowInput.
+
+    An input that is slow must be so three times: a virtual machine that its host pauses, or memory that must be found first,
+    count as processor time too.
+    """
+    taken = min(_seconds(target, data) for _ in range(RUNS)) if _seconds(target, data) > MAX_SECONDS else 0.0
+    if taken > MAX_SECONDS:
+        raise SlowInput(f"{taken:.1f} s for {len(data)} bytes")
+
+
+def _seconds(target: Callable[[bytes], None], data: bytes) -> float:
     begin = time.process_time()
     with contextlib.suppress(NumagraftError):
         target(data)
-    taken = time.process_time() - begin
-    if taken > MAX_SECONDS:
-        raise SlowInput(f"{taken:.1f} s for {len(data)} bytes")
+    return time.process_time() - begin
 
 
 def seeds(name: str) -> list[bytes]:

@@ -33,3 +33,12 @@ def test_what_counts_as_a_finding(monkeypatch):
     monkeypatch.setattr(targets, "MAX_SECONDS", -1.0)
     with pytest.raises(targets.SlowInput):
         targets.run(lambda data: None, b"")
+
+
+def test_one_pause_is_no_finding(monkeypatch):
+    seconds = iter([5.0, 0.1, 5.0])
+    monkeypatch.setattr(targets, "_seconds", lambda target, data: next(seconds))
+    targets.run(lambda data: None, b"")
+    seconds = iter([5.0, 3.0, 5.0])
+    with pytest.raises(targets.SlowInput, match=r"3\.0 s"):
+        targets.run(lambda data: None, b"")
