@@ -145,9 +145,10 @@ def test_interleave_spreads_evenly_and_counts_the_rest_as_remote(runtime, kind, 
         assert max(counts.values()) - min(counts.values()) <= max(1, 0.01 * sum(counts.values()))
     verify(runtime, weights)
     bytes, remote = read(weights, 1)
-    # With a page or so for each node, the share hangs on whose slice that page is.
-    enough = sum(total(found_pages(weights)).values()) >= 2 * len(nodes)
-    assert remote / bytes == pytest.approx(1 - 1 / len(nodes), abs=0.1 if enough else 0.2)
+    if sum(total(found_pages(weights)).values()) >= 2 * len(nodes):
+        assert remote / bytes == pytest.approx(1 - 1 / len(nodes), abs=0.1)
+    else:  # one page for each node: where slices are about a page long, most of a node's slice may happen to be its page
+        assert 0 < remote < bytes
     check_output(runtime, kind, format, weights)
     assert report(runtime, weights, placement).require().ok
 
