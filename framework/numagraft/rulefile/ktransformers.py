@@ -77,7 +77,7 @@ def convert(text: str, *, file: str) -> Conversion:
         blocks.append(_rule(item, index, above, result))
         result.rules += 1
     problems.raise_if_any(file)
-    head = ["schema: 1", f"description: 'converted from {file.replace(chr(39), '')}'", "rules:"]
+    head = ["schema: 1", f"description: {_quoted(f'converted from {file}')}", "rules:"]
     trailer = ["  # theirs left everything else alone, and so does this file"]
     result.text = "\n".join([*head, *blocks, *trailer]) + "\n"
     return result
@@ -111,7 +111,7 @@ def _rule(item: Table, index: int, above: Sequence[str], result: Conversion) -> 
         inside.append(f'device: "{device}"')
     if ours:
         inside.append("kwargs: {" + ", ".join(f"{key}: {value}" for key, value in ours.items()) + "}")
-    lines.append(f"    replace: {{{', '.join(inside)}}}  # {old_class}")
+    lines.append(f"    replace: {{{', '.join(inside)}}}  # {old_class if old_class.isprintable() else ascii(old_class)}")
     recursive = item.get("recursive")
     if isinstance(recursive, Leaf) and recursive.value is False:
         lines.append("    recursive: false")
@@ -126,7 +126,7 @@ def _match(match: Node | None, where: str, result: Conversion) -> list[str]:
     conditions = []
     name = match.get("name") if isinstance(match, Table) else None
     if isinstance(name, Leaf) and isinstance(name.value, str):
-        conditions.append(f"name: '{whole(name.value).replace(chr(39), chr(39) * 2)}'")
+        conditions.append(f"name: {_quoted(whole(name.value))}")
     cls = match.get("class") if isinstance(match, Table) else None
     if isinstance(cls, Leaf) and isinstance(cls.value, str):
         # their models were copies inside ktransformers; the class itself has transformers' name
@@ -140,11 +140,22 @@ def _match(match: Node | None, where: str, result: Conversion) -> list[str]:
             result.notes.append(
                 f"{where}: {dotted} is a whole mixture block; ours grafts its experts and linears instead"
             )
-        conditions.append(f"class: {dotted}")
+        conditions.append(f"class: {dotted if re.fullmatch(r'[A-Za-z_][A-Za-z0-9_.]*', dotted) else _quoted(dotted)}")
     if not conditions:
         conditions.append("name: '.*'")
         result.notes.append(f"{where}: the match has neither name nor class; every module matches, as in theirs")
     return conditions
+
+
+def _quoted(text: str) -> str:
+    """A YAML scalar on one line: in single quotes, where patterns stay readable, unless a character must be escaped."""
+    if text.isprintable():
+        return f"'{text.replace(chr(39), chr(39) * 2)}'"
+    escaped = (
+        character if character.isprintable() and character not in '\\"' else f"\\U{ord(character):08X}"
+        for character in text
+    )
+    return f'"{"".join(escaped)}"'
 
 
 def whole(pattern: str) -> str:
