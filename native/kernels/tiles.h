@@ -1,0 +1,105 @@
+#pragma once
+
+// AMX tile registers: their configuration, what each of the eight holds, and one step of a multiplication.
+// Included by one translation unit; everything is internal to it.
+#include "kernels/layout.h"
+#include "kernels/simd.h"
+
+namespace numagraft::NUMAGRAFT_ISA {
+namespace {
+
+// gcc 12 declares neither the memory these touch nor the whole of the configuration, and may drop or move stores: hence
+// inline assembly with full operands (docs/kernels.md).
+struct alignas(64) TileConfig {
+  std::uint8_t palette;
+  std::uint8_t start_row;
+  std::uint8_t reserved[14];
+  std::uint16_t row_bytes[16];
+  std::uint8_t rows[16];
+};
+
+#define TILE_LOAD(tile, address, stride) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_STORE(tile, address, stride) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define TILE_MULTIPLY(instruction, to, inputs, weights) \
+  __asm__ volatile(#instruction " %%tmm" #weights ", %%tmm" #inputs ", %%tmm" #to ::)
+
+void configure_tiles() {
+  TileConfig config{};
+  config.palette = 1;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = 16;
+  }
+  __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+
+constexpr std::int64_t kRowBytes = kPanelColumns * 4;  // of c
+
+// Tiles 0..3 hold the results of row tile / column tile 0/0, 0/1, 1/0, 1/1; 4 and 5 the inputs, 6 and 7 the weights.
+template <bool two>
+NUMAGRAFT_INLINE void clear_results() {
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  if constexpr (two) {
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+}
+template <bool two>
+NUMAGRAFT_INLINE void load_results(const void* c) {
+  const auto* p = static_cast<const std::byte*>(c);
+  TILE_LOAD(0, p, kRowBytes);
+  TILE_LOAD(1, p + 64, kRowBytes);
+  if constexpr (two) {
+    TILE_LOAD(2, p + 16 * kRowBytes, kRowBytes);
+    TILE_LOAD(3, p + 16 * kRowBytes + 64, kRowBytes);
+  }
+}
+template <bool two>
+NUMAGRAFT_INLINE void store_results(void* c) {
+  auto* p = static_cast<std::byte*>(c);
+  TILE_STORE(0, p, kRowBytes);
+  TILE_STORE(1, p + 64, kRowBytes);
+  if constexpr (two) {
+    TILE_STORE(2, p + 16 * kRowBytes, kRowBytes);
+    TILE_STORE(3, p + 16 * kRowBytes + 64, kRowBytes);
+  }
+}
+
+enum class Multiply { by_unsigned, by_signed, bf16 };
+
+template <Multiply how, bool two>
+NUMAGRAFT_INLINE void step(const std::byte* inputs, std::int64_t input_stride, const std::byte* weights) {
+  TILE_LOAD(6, weights, 64);
+  TILE_LOAD(4, inputs, input_stride);
+  TILE_LOAD(7, weights + 1024, 64);
+  if constexpr (two) TILE_LOAD(5, inputs + 16 * input_stride, input_stride);
+  if constexpr (how == Multiply::by_unsigned) {
+    TILE_MULTIPLY(tdpbsud, 0, 4, 6);
+    TILE_MULTIPLY(tdpbsud, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbsud, 2, 5, 6);
+      TILE_MULTIPLY(tdpbsud, 3, 5, 7);
+    }
+  } else if constexpr (how == Multiply::by_signed) {
+    TILE_MULTIPLY(tdpbssd, 0, 4, 6);
+    TILE_MULTIPLY(tdpbssd, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbssd, 2, 5, 6);
+      TILE_MULTIPLY(tdpbssd, 3, 5, 7);
+    }
+  } else {
+    TILE_MULTIPLY(tdpbf16ps, 0, 4, 6);
+    TILE_MULTIPLY(tdpbf16ps, 1, 4, 7);
+    if constexpr (two) {
+      TILE_MULTIPLY(tdpbf16ps, 2, 5, 6);
+      TILE_MULTIPLY(tdpbf16ps, 3, 5, 7);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace numagraft::NUMAGRAFT_ISA
