@@ -205,19 +205,19 @@ void ExpertsWeights::unpack(Piece piece, std::int64_t expert, const MatrixView& 
     }
     const int part = shard.parts[static_cast<std::size_t>(replica)];
     const ExpertsPlace& place = places_[static_cast<std::size_t>(part)];
-    std::vector<float> row(static_cast<std::size_t>(std::max(shape_.hidden, place.frame)));
+    RowUnpacker unpacker;
     if (piece == Piece::down) {
       for (std::int64_t r = 0; r < rows; ++r) {
-        unpack_row(down(part, expert), r, row.data());
-        for (std::int64_t k = shard.begin; k < shard.end; ++k) store_element(out, r, k, row[static_cast<std::size_t>(k - place.frame_begin)]);
+        const float* row = unpacker.row(down(part, expert), r);
+        for (std::int64_t k = shard.begin; k < shard.end; ++k) store_element(out, r, k, row[k - place.frame_begin]);
       }
       continue;
     }
     for (std::int64_t r = shard.begin; r < shard.end; ++r) {
       const std::int64_t feature = r - place.frame_begin;
       const std::int64_t panel = 2 * (feature / kPanelColumns) + static_cast<int>(piece);
-      unpack_row(gate_up(part, expert), panel * kPanelColumns + feature % kPanelColumns, row.data());
-      for (std::int64_t k = 0; k < columns; ++k) store_element(out, r, k, row[static_cast<std::size_t>(k)]);
+      const float* row = unpacker.row(gate_up(part, expert), panel * kPanelColumns + feature % kPanelColumns);
+      for (std::int64_t k = 0; k < columns; ++k) store_element(out, r, k, row[k]);
     }
   }
 }

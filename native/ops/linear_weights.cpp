@@ -194,14 +194,14 @@ void LinearWeights::unpack(const MatrixView& out, int replica) const {
   if (out.rows != out_features_ || out.columns != in_features_) {
     throw WeightFailure(owner_ + ": unpack into " + shape_of(out) + ", expected [" + std::to_string(out_features_) + ", " + std::to_string(in_features_) + "]", "");
   }
-  std::vector<float> row(static_cast<std::size_t>(in_features_));
+  RowUnpacker unpacker;
   for (const Shard& shard : teams_.shards()) {
     if (replica < 0 || replica >= static_cast<int>(shard.parts.size())) {
       throw ConfigurationFailure(owner_ + ": there is no replica " + std::to_string(replica) + " of a part with " + std::to_string(shard.parts.size()), "");
     }
     for (std::int64_t r = shard.begin; r < shard.end; ++r) {
-      unpack_row(matrix(shard.parts[static_cast<std::size_t>(replica)]), r - shard.begin, row.data());
-      for (std::int64_t k = 0; k < in_features_; ++k) store_element(out, r, k, row[static_cast<std::size_t>(k)]);
+      const float* row = unpacker.row(matrix(shard.parts[static_cast<std::size_t>(replica)]), r - shard.begin);
+      for (std::int64_t k = 0; k < in_features_; ++k) store_element(out, r, k, row[k]);
     }
   }
 }

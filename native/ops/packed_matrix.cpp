@@ -100,17 +100,23 @@ void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std
   kernels.gemm(args);
 }
 
-void unpack_row(const PackedMatrix& matrix, std::int64_t row, float* out) {
+const float* RowUnpacker::row(const PackedMatrix& matrix, std::int64_t row) {
   const Layout& layout = matrix.layout();
   const std::int64_t panel = row / kPanelColumns;
-  const std::int64_t column = row % kPanelColumns;
-  float weights[kUnitInputs * kPanelColumns];
-  for (std::int64_t unit = 0; unit < layout.units; ++unit) {
-    dequantise_unit(layout, matrix.panel(panel), unit, matrix.side(panel), matrix.side_stride(), weights);
-    for (std::int64_t k = unit * kUnitInputs; k < (unit + 1) * kUnitInputs && k < layout.k; ++k) {
-      out[k] = weights[(k % kUnitInputs) * kPanelColumns + column];
+  const std::int64_t width = layout.units * kUnitInputs;
+  if (panel_ != matrix.panel(panel)) {
+    panel_ = matrix.panel(panel);
+    rows_.resize(static_cast<std::size_t>(width * kPanelColumns));
+    float weights[kUnitInputs * kPanelColumns];
+    for (std::int64_t unit = 0; unit < layout.units; ++unit) {
+      dequantise_unit(layout, panel_, unit, matrix.side(panel), matrix.side_stride(), weights);
+      for (std::int64_t column = 0; column < kPanelColumns; ++column) {
+        float* to = rows_.data() + column * width + unit * kUnitInputs;
+        for (int k = 0; k < kUnitInputs; ++k) to[k] = weights[k * kPanelColumns + column];
+      }
     }
   }
+  return rows_.data() + row % kPanelColumns * width;
 }
 
 void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value) {

@@ -51,8 +51,16 @@ static inline std::size_t pack_scratch_bytes(const Layout& layout, const WeightS
 void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
                      const RowBlock* blocks, std::int64_t block_count, float* c, std::int64_t c_panel_stride);
 
-// Dequantised element range [row, row + 1) x all inputs of a packed matrix, as fp32.
-void unpack_row(const PackedMatrix& matrix, std::int64_t row, float* out);
+// Rows of packed matrices as fp32. A panel is dequantised once and kept while rows of it are asked for.
+class RowUnpacker {
+ public:
+  // All inputs of the row; valid until the next call.
+  const float* row(const PackedMatrix& matrix, std::int64_t row);
+
+ private:
+  const std::byte* panel_ = nullptr;  // the one that rows_ holds
+  std::vector<float> rows_;           // [32][whole units]
+};
 
 // Writes one fp32 value into a view of any dtype.
 void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value);
