@@ -41,7 +41,7 @@ def experts(
         arguments=(*sizes(shape, tokens), "--format", format, *forced, "--error"),
         aim=aim,
         stretch=stretch,
-        peers=tuple(peer for kind in PEER_OF[format] if (peer := f"{kind}-{shape}-{tokens}")),
+        peers=tuple(f"{kind}-{shape}-{tokens}" for kind in PEER_OF[format] if shape in PEER_SHAPES),
     )
 
 
@@ -60,6 +60,8 @@ def linear(inputs: int, outputs: int, tokens: int, format: str, aim: float | Non
     )
 
 
+#: the shapes that peers are measured in
+PEER_SHAPES = ("A", "C")
 #: whom a format is compared with: torch always in bf16, kt-kernel in what is nearest
 PEER_OF = {
     "bf16": ("torch-experts", "kt-BF16"),

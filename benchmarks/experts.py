@@ -74,8 +74,9 @@ def prepare(options: argparse.Namespace) -> list[str]:
 
 def layer_weights(
     options: argparse.Namespace, runtime: Any, source: WeightSource, *, experts: int, owner: str
-) -> tuple[Any, float]:
-    """One packed layer with every weight loaded, and the seconds that packing took (placing the memory not counted)."""
+) -> tuple[Any, float, list[list[np.ndarray]]]:
+    """One packed layer with every weight loaded, the seconds that packing took (placing the memory not counted), and what it
+    was packed from: gate, up and down, by expert."""
     from numagraft import native
 
     made = native.ExpertsWeights(
@@ -90,6 +91,7 @@ def layer_weights(
         owner=owner,
     )
     seconds = 0.0
+    origin: list[list[np.ndarray]] = [[], [], []]
     # A few experts at a time: enough for every thread, and no list of views that outlives its arrays.
     for first in range(0, experts, 8):
         count = min(8, experts - first)
@@ -105,7 +107,9 @@ def layer_weights(
         begin = time.perf_counter()
         made.load_experts(gate=gate, up=up, down=down, first_expert=first)
         seconds += time.perf_counter() - begin
-    return made, seconds
+        for kept, new in zip(origin, arrays, strict=True):
+            kept += new
+    return made, seconds, origin
 
 
 def work_of(options: argparse.Namespace, *, distinct: int, expert_bytes: float) -> Work:
@@ -130,8 +134,11 @@ def prepared_calls(options: argparse.Namespace, layers: list[Any], *, experts: i
         yield call, work_of(options, distinct=made.distinct, expert_bytes=expert_bytes)
 
 
-def errors(options: argparse.Namespace, layer: Any, *, experts: int) -> dict[str, float]:
-    """Relative Frobenius error of one call of up to 16 tokens against fp32 with the dequantised weights."""
+def errors(
+    options: argparse.Namespace, layer: Any, origin: list[list[np.ndarray]], *, experts: int
+) -> dict[str, float]:
+    """Relative Frobenius errors of one call of up to 16 tokens against fp32: with the dequantised weights, which leaves what
+    the call itself loses, and with the weights before they were packed."""
     from numagraft.native import Matrix
 
     tokens = min(options.tokens, 16)
@@ -151,8 +158,11 @@ def errors(options: argparse.Namespace, layer: Any, *, experts: int) -> dict[str
             of_expert[expert] = np.empty(shape, dtype=np.float32)
             unpack(int(expert), view(of_expert[expert], dtype="f32"))
         unpacked.append(of_expert)
-    expected = experts_in_fp32(from_bf16(x), made.ids, made.weights, *unpacked)
-    return {"error_dequantised": relative_error(out, expected)}
+    before = [{int(expert): from_bf16(of[expert]) for expert in np.unique(made.ids)} for of in origin]
+    return {
+        name: relative_error(out, experts_in_fp32(from_bf16(x), made.ids, made.weights, *of))
+        for name, of in (("error_dequantised", unpacked), ("error_unquantised", before))
+    }
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -176,7 +186,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if count > 1 and count * experts * expert_bytes > options.memory_gib * 2**30:
         count -= 1
     made = [layer_weights(options, runtime, source, experts=experts, owner=f"layers.{i}.experts") for i in range(count)]
-    layers, packing = [layer for layer, _ in made], sum(seconds for _, seconds in made)
+    layers, packing = [layer for layer, _, _ in made], sum(seconds for _, seconds, _ in made)
     packed = sum(layer.packed_bytes for layer in layers)
     weights = 3 * options.hidden * options.intermediate * experts * count
     figures = sample(
@@ -204,7 +214,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "packed_gib": packed / 2**30,
         "bits_per_weight": packed * 8 / weights,
         "packing_gb_per_s": weights * 2 / 1e9 / packing,
-        **(errors(options, layers[0], experts=experts) if options.error else {}),
+        **(errors(options, layers[0], made[0][2], experts=experts) if options.error else {}),
     }
 
 

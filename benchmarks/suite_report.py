@@ -11,6 +11,10 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.report import number
 
+COLUMNS = ("case", "µs", "GB/s", "T op/s", "of the limit", "aim", "stretch", "met", "error", "unquantised", "weights")
+COLUMNS += ("packing", "faster than")
+TEXT_COLUMNS = ("case", "met", "faster than")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,7 +41,7 @@ class Row:
 
     def cells(self) -> tuple[Any, ...]:
         if "failed" in self.found:
-            return (self.case.id, *[None] * 4, self.case.aim, self.case.stretch, *[None] * 4, self.found["failed"])
+            return (self.case.id, *[None] * 4, self.case.aim, self.case.stretch, *[None] * 5, self.found["failed"])
         faster = ", ".join(f"{peer} {ratio:.2f}x" for peer, ratio in self.ratios.items())
         fraction = self.figure if self.case.figure != "fork_join_us" else None
         us = self.found.get("us_median") or self.found.get(self.case.figure)
@@ -52,6 +56,7 @@ class Row:
             self.case.stretch,
             self.met,
             error,
+            self.found.get("error_unquantised"),
             self.found.get("error_weights"),
             self.found.get("packing_gb_per_s"),
             faster,
@@ -110,8 +115,9 @@ def markdown(rows: Sequence[Row], results: dict[str, Any]) -> list[str]:
         "Written by `python -m benchmarks.suite`. The limit of a case is the larger of its distinct weight bytes over the",
         "streaming read bandwidth and its operations over the multiply peak of the format on that ISA, both measured in",
         "the same process, in turns with the calls. Times are medians. `aim` and `stretch` are the goals that were set.",
-        "`error` is the relative Frobenius error against fp32 with the dequantised weights. `faster than` says how many",
-        "times longer a peer takes for the same routing with its own weights; torch computes in bf16 whatever our format.",
+        "`error` is the relative Frobenius error against fp32 with the dequantised weights, `unquantised` that with the",
+        "weights before packing, as peers' errors are. `faster than` says how many times longer a peer takes for the same",
+        "routing with its own weights; torch computes in bf16 whatever our format.",
         "Cases of 1,024 tokens on a forced ISA show our time over torch's instead, which should be small. `weights` is what",
         "packing loses on Gaussian weights, `packing` its speed in GB/s of bf16.",
         "",
@@ -129,8 +135,8 @@ def markdown(rows: Sequence[Row], results: dict[str, Any]) -> list[str]:
             "",
         ]
     lines += [
-        "| case | µs | GB/s | T op/s | of the limit | aim | stretch | met | error | weights | packing | faster than |",
-        "| --- | --: | --: | --: | --: | --: | --: | --- | --: | --: | --: | --- |",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| " + " | ".join("---" if name in TEXT_COLUMNS else "--:" for name in COLUMNS) + " |",
     ]
     layers = [row for row in rows if row.case.module in ("experts", "linear")]
     lines += ["| " + " | ".join(number(cell) for cell in row.cells()) + " |" for row in layers]
