@@ -12,16 +12,17 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-// Asks memory for what the tiles need soon, a share with every step. A chunk that is read once, as fast as memory delivers:
-// the lines a little ahead. A chunk that is read several times: the one behind it, from four places in turn. Each is a
-// stream of its own to the hardware's prefetcher, which runs on where a single one would wait for the tiles (measured at
-// 64 rows: 17 to 24 GB/s; docs/kernels.md).
+// Asks memory for what the tiles need soon, a share between every two products. A chunk that is read once, as fast as memory
+// delivers: the lines a little ahead. A chunk that is read several times: the one behind it, from four places in turn. Each
+// is a stream of its own to the hardware's prefetcher, which runs on where a single one would wait for the tiles (measured
+// at 64 rows: 17 to 24 GB/s; docs/kernels.md).
 class Ahead {
  public:
+  static constexpr int kAsksPerStep = 4;
   Ahead(const std::byte* chunk, std::int64_t bytes, std::int64_t chunk_bytes, std::int64_t near, std::int64_t steps, bool once)
       : from_(chunk + (once ? near : chunk_bytes)),
         stream_(once ? 0 : bytes / kStreams & ~std::int64_t{63}),
-        share_(((once ? bytes : stream_) / 64 << kShift) / steps) {}
+        share_(((once ? bytes : stream_) / 64 << kShift) / (steps * kAsksPerStep)) {}
 
   NUMAGRAFT_INLINE void ask(Ahead& a) {
     std::int64_t line = a.at_ >> kShift;
@@ -43,7 +44,7 @@ class Ahead {
 
   const std::byte* from_;
   std::int64_t stream_;  // bytes
-  std::int64_t share_;   // lines of a stream per step, in fixed point
+  std::int64_t share_;   // lines of a stream per ask, in fixed point
   std::int64_t at_ = (1 << kShift) - 1;
 };
 constexpr std::int64_t kNear = 2048;  // measured: 1 to 2.5 KiB alike, further is slower

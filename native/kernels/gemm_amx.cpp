@@ -18,34 +18,27 @@ template <bool two>
 void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead,
                 float* c) {
   const Layout& layout = *a.layout;
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
   const std::byte* w = a.panel + panel * layout.panel_bytes;
-  if (count_flagged(block, first, last) > 0) {
-    clear_results<two>();
-    for (std::int64_t unit = first; unit < last; ++unit) {
-      if (!flagged(block, unit)) continue;
-      Ahead::ask(ahead);
-      step<Multiply::by_unsigned, two>(block.high + unit * step_bytes, kUnitInputs, w + unit * layout.unit_bytes);
+  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
+  const auto weights = [&](std::int64_t unit) { return w + unit * layout.unit_bytes; };
+  const bool halves = multiply_halves<Multiply::by_unsigned, two>(block, first, last, weights, ahead, first > 0 ? c : nullptr, c, high);
+  if (last < layout.units) {
+    if (!halves) return;
+    for (int line = 0; line < block.rows * 2; ++line) {
+      auto* at = reinterpret_cast<std::int32_t*>(c) + line * kLanes;
+      store(at, load<I>(at) + (load<I>(high + line * kLanes) << 7));
     }
-    raise_results<two>(first > 0 ? c : nullptr);
-  } else if (first > 0) {
-    load_results<two>(c);
-  } else {
-    clear_results<two>();
+    return;
   }
-  for (std::int64_t unit = first; unit < last; ++unit) {
-    Ahead::ask(ahead);
-    step<Multiply::by_unsigned, two>(block.low + unit * step_bytes, kUnitInputs, w + unit * layout.unit_bytes);
-  }
-  store_results<two>(c);
-  if (last < layout.units) return;
   const F side[2] = {load<F>(panel_side(a, panel)), load<F>(panel_side(a, panel) + kLanes)};
   for (int row = 0; row < block.rows; ++row) {
     const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
     const F scale = splat(block.scale[row]);
     for (int t = 0; t < 2; ++t) {
       float* at = c + row * kPanelColumns + t * kLanes;
-      store(at, to_float(load<I>(at) - offset) * (side[t] * scale));
+      I total = load<I>(at) - offset;
+      if (halves) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
+      store(at, to_float(total) * (side[t] * scale));
     }
   }
 }
@@ -94,8 +87,8 @@ void bf16_block(const std::byte* weights, const RowBlock& block, std::int64_t fi
   }
   for (std::int64_t unit = first; unit < last; ++unit) {
     for (int half = 0; half < 2; ++half) {
-      Ahead::ask(ahead);
-      step<Multiply::bf16, two>(block.low + unit * step_bytes + half * 64, kUnitInputs * 2, weights + (unit - first) * 4096 + half * 2048);
+      const std::byte* inputs = block.low + unit * step_bytes + half * 64;
+      step<Multiply::bf16, two>(inputs, inputs + 2 * kTileBytes, kUnitInputs * 2, weights + (unit - first) * 4096 + half * 2048, ahead);
     }
   }
   store_results<two>(c);

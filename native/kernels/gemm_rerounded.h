@@ -102,30 +102,21 @@ struct Expansion {
 template <WeightKind kind, bool symmetric, bool two>
 void rerounded_block(const RowBlock& block, std::int64_t first, std::int64_t last, Expansion<kind, symmetric>& expansion,
                      const float* side, Ahead& ahead, float* c) {
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  clear_results<two>();
-  if (count_flagged(block, first, last) > 0) {
-    for (std::int64_t unit = 0; unit < last - first; ++unit) {
-      if (!flagged(block, first + unit)) continue;
-      Expansion<kind, symmetric>::reach(expansion, unit + 1);
-      Ahead::ask(ahead);
-      step<Multiply::by_signed, two>(block.high + (first + unit) * step_bytes, kUnitInputs, expansion.to + unit * 2048);
-    }
-    raise_results<two>(nullptr);
-  }
-  for (std::int64_t unit = 0; unit < last - first; ++unit) {
-    Expansion<kind, symmetric>::reach(expansion, unit + 1);
-    Ahead::ask(ahead);
-    step<Multiply::by_signed, two>(block.low + (first + unit) * step_bytes, kUnitInputs, expansion.to + unit * 2048);
-  }
-  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
-  store_results<two>(sums);
+  const auto weights = [&](std::int64_t unit) {
+    Expansion<kind, symmetric>::reach(expansion, unit - first + 1);
+    return static_cast<const std::byte*>(expansion.to + (unit - first) * 2048);
+  };
+  alignas(64) std::int32_t low[kBlockRows * kPanelColumns];
+  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
+  const bool halves = multiply_halves<Multiply::by_signed, two>(block, first, last, weights, ahead, nullptr, low, high);
   const F scales[2] = {load<F>(side), load<F>(side + kLanes)};
   for (int row = 0; row < block.rows; ++row) {
     const F by = splat(block.scale[row]);
     for (int t = 0; t < 2; ++t) {
       float* to = c + row * kPanelColumns + t * kLanes;
-      const F value = to_float(load<I>(sums + row * kPanelColumns + t * kLanes)) * (scales[t] * by);
+      I total = load<I>(low + row * kPanelColumns + t * kLanes);
+      if (halves) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
+      const F value = to_float(total) * (scales[t] * by);
       store(to, first > 0 ? load<F>(to) + value : value);
     }
   }

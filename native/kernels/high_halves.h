@@ -16,24 +16,55 @@ std::int64_t count_flagged(const RowBlock& block, std::int64_t first, std::int64
   for (std::int64_t unit = first; unit < last; ++unit) count += flagged(block, unit);
   return count;
 }
+// Blocks of one row tile multiply both halves by a weight tile while it is in its register.
 std::int64_t count_steps(const GemmArgs& a, std::int64_t first, std::int64_t last) {
   std::int64_t steps = (last - first) * a.block_count;
-  for (int b = 0; b < a.block_count; ++b) steps += count_flagged(a.blocks[b], first, last);
+  for (int b = 0; b < a.block_count; ++b) {
+    if (a.blocks[b].stride_rows > 16) steps += count_flagged(a.blocks[b], first, last);
+  }
   return steps;
 }
 
-// Leaves 128 times the results, and what `c` holds where it is resumed, in the tiles.
-template <bool two>
-void raise_results(const void* resumed) {
-  constexpr int lines = (two ? 32 : 16) * kPanelColumns / kLanes;
-  alignas(64) std::int32_t sums[kBlockRows * kPanelColumns];
-  store_results<two>(sums);
-  for (int line = 0; line < lines; ++line) {
-    I total = load<I>(sums + line * kLanes) << 7;
-    if (resumed != nullptr) total += load<I>(static_cast<const std::int32_t*>(resumed) + line * kLanes);
-    store(sums + line * kLanes, total);
+// The products of a block with units [first, last) of a panel: those of the low halves, added to what is `resumed` (null:
+// nothing), in `low`; those of the high ones, to be added 128 times, in `high`. Returns whether there are any of these.
+// `weights(unit)` is where a unit's two tiles lie. Sums of halves meet where results are visited anyway: meeting in tile
+// registers would drain them.
+template <Multiply how, bool two, class Weights>
+NUMAGRAFT_INLINE bool multiply_halves(const RowBlock& block, std::int64_t first, std::int64_t last, Weights weights, Ahead& ahead,
+                                      const void* resumed, void* low, std::int32_t* high) {
+  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
+  const bool any = count_flagged(block, first, last) > 0;
+  if constexpr (two) {
+    if (any) {
+      clear_results<true>();
+      for (std::int64_t unit = first; unit < last; ++unit) {
+        if (!flagged(block, unit)) continue;
+        const std::byte* inputs = block.high + unit * step_bytes;
+        step<how, true>(inputs, inputs + kTileBytes, kUnitInputs, weights(unit), ahead);
+      }
+      store_results<true>(high);
+    }
+    resumed != nullptr ? load_results<true>(resumed) : clear_results<true>();
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::byte* inputs = block.low + unit * step_bytes;
+      step<how, true>(inputs, inputs + kTileBytes, kUnitInputs, weights(unit), ahead);
+    }
+    store_results<true>(low);
+  } else {
+    clear_results<true>();
+    if (resumed != nullptr) load_results<false>(resumed);
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::int64_t at = unit * step_bytes;
+      if (flagged(block, unit)) {
+        step<how, true>(block.low + at, block.high + at, kUnitInputs, weights(unit), ahead);
+      } else {
+        step<how, false>(block.low + at, nullptr, kUnitInputs, weights(unit), ahead);
+      }
+    }
+    store_results<false>(low);
+    if (any) store_second_results(high);
   }
-  load_results<two>(sums);
+  return any;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 // AMX tile registers: their configuration, what each of the eight holds, and one step of a multiplication.
 // Included by one translation unit; everything is internal to it.
+#include "kernels/ahead.h"
 #include "kernels/layout.h"
 #include "kernels/simd.h"
 
@@ -36,6 +37,7 @@ void configure_tiles() {
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
+constexpr std::int64_t kTileBytes = 16 * 64;
 constexpr std::int64_t kRowBytes = kPanelColumns * 4;  // of c
 
 // Tiles 0..3 hold the results of row tile / column tile 0/0, 0/1, 1/0, 1/1; 4 and 5 the inputs, 6 and 7 the weights.
@@ -69,36 +71,59 @@ NUMAGRAFT_INLINE void store_results(void* c) {
   }
 }
 
+// Those of tiles 2 and 3, where they are not the second row tile's, as if they were the first's.
+NUMAGRAFT_INLINE void store_second_results(void* c) {
+  auto* p = static_cast<std::byte*>(c);
+  TILE_STORE(2, p, kRowBytes);
+  TILE_STORE(3, p + 64, kRowBytes);
+}
+
 enum class Multiply { by_unsigned, by_signed, bf16 };
 
+template <Multiply how>
+NUMAGRAFT_INLINE void multiply_00() {
+  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 0, 4, 6);
+  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 0, 4, 6);
+  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 0, 4, 6);
+}
+template <Multiply how>
+NUMAGRAFT_INLINE void multiply_01() {
+  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 1, 4, 7);
+  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 1, 4, 7);
+  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 1, 4, 7);
+}
+template <Multiply how>
+NUMAGRAFT_INLINE void multiply_10() {
+  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 2, 5, 6);
+  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 2, 5, 6);
+  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 2, 5, 6);
+}
+template <Multiply how>
+NUMAGRAFT_INLINE void multiply_11() {
+  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 3, 5, 7);
+  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 3, 5, 7);
+  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 3, 5, 7);
+}
+
+// One unit's products of one or two input tiles (the second is not read where there is one). What memory is asked for is
+// spread between them: in one burst the requests would hold all fill buffers, and the next tiles would wait behind them.
 template <Multiply how, bool two>
-NUMAGRAFT_INLINE void step(const std::byte* inputs, std::int64_t input_stride, const std::byte* weights) {
+NUMAGRAFT_INLINE void step(const std::byte* first, const std::byte* second, std::int64_t input_stride, const std::byte* weights,
+                           Ahead& ahead) {
   TILE_LOAD(6, weights, 64);
-  TILE_LOAD(4, inputs, input_stride);
+  Ahead::ask(ahead);
+  TILE_LOAD(4, first, input_stride);
+  multiply_00<how>();
+  Ahead::ask(ahead);
   TILE_LOAD(7, weights + 1024, 64);
-  if constexpr (two) TILE_LOAD(5, inputs + 16 * input_stride, input_stride);
-  if constexpr (how == Multiply::by_unsigned) {
-    TILE_MULTIPLY(tdpbsud, 0, 4, 6);
-    TILE_MULTIPLY(tdpbsud, 1, 4, 7);
-    if constexpr (two) {
-      TILE_MULTIPLY(tdpbsud, 2, 5, 6);
-      TILE_MULTIPLY(tdpbsud, 3, 5, 7);
-    }
-  } else if constexpr (how == Multiply::by_signed) {
-    TILE_MULTIPLY(tdpbssd, 0, 4, 6);
-    TILE_MULTIPLY(tdpbssd, 1, 4, 7);
-    if constexpr (two) {
-      TILE_MULTIPLY(tdpbssd, 2, 5, 6);
-      TILE_MULTIPLY(tdpbssd, 3, 5, 7);
-    }
-  } else {
-    TILE_MULTIPLY(tdpbf16ps, 0, 4, 6);
-    TILE_MULTIPLY(tdpbf16ps, 1, 4, 7);
-    if constexpr (two) {
-      TILE_MULTIPLY(tdpbf16ps, 2, 5, 6);
-      TILE_MULTIPLY(tdpbf16ps, 3, 5, 7);
-    }
+  multiply_01<how>();
+  Ahead::ask(ahead);
+  if constexpr (two) {
+    TILE_LOAD(5, second, input_stride);
+    multiply_10<how>();
   }
+  Ahead::ask(ahead);
+  if constexpr (two) multiply_11<how>();
 }
 
 }  // namespace
