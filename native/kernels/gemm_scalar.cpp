@@ -6,8 +6,9 @@ namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
 float input(const RowBlock& block, RowForm form, std::int64_t index) {
-  return form == RowForm::f32 ? reinterpret_cast<const float*>(block.low)[index]
-                              : static_cast<float>(reinterpret_cast<const std::int16_t*>(block.low)[index]);
+  if (form == RowForm::f32) return reinterpret_cast<const float*>(block.low)[index];
+  const std::int64_t swapped = (index & ~std::int64_t{3}) | (index & 1) << 1 | (index & 2) >> 1;
+  return static_cast<float>(reinterpret_cast<const std::int16_t*>(block.low)[swapped]);
 }
 
 }  // namespace

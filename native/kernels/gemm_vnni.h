@@ -5,6 +5,7 @@
 // Included by one translation unit of each ISA that needs it; everything is internal to it.
 #include "kernels/kernel_table.h"
 #include "kernels/registers.h"
+#include "kernels/row_strips.h"
 
 namespace numagraft {
 namespace {
@@ -12,8 +13,6 @@ namespace {
 constexpr int kInt8Rows = 12;
 constexpr int kInt8HighRows = 6;  // up to here high and low halves meet the weights in one pass
 constexpr int kNibbleRows = 4;
-constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
-constexpr int kFewStrips = 4;
 constexpr std::int64_t kFewStripUnits = 2;
 
 NG_INLINE __m512i four_inputs(const std::byte* x) {
@@ -22,25 +21,10 @@ NG_INLINE __m512i four_inputs(const std::byte* x) {
   return _mm512_set1_epi32(word);
 }
 
-struct Strip {
-  const RowBlock* block;
-  int first_row;
-  std::int64_t first_unit;
-  std::int64_t last_unit;
-  bool fresh;  // first strip over these weights: they come from memory
-};
-
-NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
-  std::uint8_t tiles = 0;
-  if (strip.first_row < 16) tiles |= 1;
-  if (strip.first_row + rows > 16) tiles |= 2;
-  return tiles;
-}
-
 // Both tiles of a unit, line by line: two streams of 1 KB at a time are what memory answers fastest.
-template <int rows, bool with_high>
-NG_INLINE void int8_unit(const std::byte* w, const std::byte* low, const std::byte* high, bool fresh, __m512i (&sum)[rows][2],
-                         __m512i (&high_sum)[rows][2]) {
+template <int rows, bool with_high, bool fresh>
+NG_INLINE void int8_lines(const std::byte* w, const std::byte* low, const std::byte* high, __m512i (&sum)[rows][2],
+                          __m512i (&high_sum)[rows][2]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     if (fresh) {
@@ -63,6 +47,18 @@ NG_INLINE void int8_unit(const std::byte* w, const std::byte* low, const std::by
   }
 }
 
+template <int rows, bool with_high>
+NG_INLINE void int8_unit(const std::byte* w, const std::byte* low, const std::byte* high, bool fresh, __m512i (&sum)[rows][2],
+                         __m512i (&high_sum)[rows][2]) {
+  if (fresh) {
+    int8_lines<rows, with_high, true>(w, low, high, sum, high_sum);
+  } else {
+    int8_lines<rows, with_high, false>(w, low, high, sum, high_sum);
+  }
+}
+
+// Adds to the integer sums of a panel in c; finish_int8 makes floats of them. Every loop over the sums is unrolled: one that
+// is not keeps them in memory.
 template <int rows>
 void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   const Layout& layout = *a.layout;
@@ -74,9 +70,11 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   const std::uint8_t mask = strip_flags(strip, rows);
   if (strip.fresh) prefetch_scales(panel_side(a, panel));
   __m512i sum[rows][2];
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
   if constexpr (rows <= kInt8HighRows) {
     __m512i high_sum[rows][2];
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) high_sum[r][0] = high_sum[r][1] = _mm512_setzero_si512();
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
       if (block.flags[unit] & mask) {
@@ -85,42 +83,31 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
         int8_unit<rows, false>(w + unit * layout.unit_bytes, low + unit * step, nullptr, strip.fresh, sum, high_sum);
       }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
       for (int t = 0; t < 2; ++t) sum[r][t] = _mm512_add_epi32(sum[r][t], _mm512_slli_epi32(high_sum[r][t], 7));
     }
   } else {
-    bool any = false;
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
-      if (block.flags[unit] & mask) {
-        any = true;
-        int8_unit<rows, false>(w + unit * layout.unit_bytes, high + unit * step, nullptr, strip.fresh, sum, sum);
-      }
+      if (!(block.flags[unit] & mask)) continue;
+      int8_unit<rows, false>(w + unit * layout.unit_bytes, high + unit * step, nullptr, strip.fresh, sum, sum);
     }
-    if (any) {
-      for (int r = 0; r < rows; ++r) {
-        for (int t = 0; t < 2; ++t) sum[r][t] = _mm512_slli_epi32(sum[r][t], 7);
-      }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      for (int t = 0; t < 2; ++t) sum[r][t] = _mm512_slli_epi32(sum[r][t], 7);
     }
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
       const bool fresh = strip.fresh && !(block.flags[unit] & mask);
       int8_unit<rows, false>(w + unit * layout.unit_bytes, low + unit * step, nullptr, fresh, sum, sum);
     }
   }
-  const bool last = strip.last_unit == layout.units;
+  const bool first = strip.first_unit == 0;
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
     for (int t = 0; t < 2; ++t) {
       float* to = c + r * kPanelColumns + t * kTileColumns;
-      __m512i total = sum[r][t];
-      if (strip.first_unit > 0) total = _mm512_add_epi32(total, _mm512_loadu_si512(to));
-      if (last) {
-        const int offset = static_cast<int>(static_cast<unsigned>(block.sum[strip.first_row + r]) * kInt8Offset);
-        total = _mm512_sub_epi32(total, _mm512_set1_epi32(offset));
-        const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(panel_side(a, panel) + t * kTileColumns),
-                                           _mm512_set1_ps(block.scale[strip.first_row + r]));
-        _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(total), scale));
-      } else {
-        _mm512_storeu_si512(to, total);
-      }
+      _mm512_storeu_si512(to, first ? sum[r][t] : _mm512_add_epi32(sum[r][t], _mm512_loadu_si512(to)));
     }
   }
 }
@@ -227,55 +214,28 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
 
 struct Int8 {
   static constexpr int most_rows = kInt8Rows;
+  static constexpr std::int64_t chunk_units = kChunkUnits;
+  static constexpr std::int64_t few_strip_units = kFewStripUnits;
+  static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
-  static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
   }
+  void finish(const GemmArgs& a, std::int64_t panel, float* c) { finish_int8(a, panel, c); }
 };
 
 template <WeightKind kind, bool symmetric>
 struct Nibbles {
   static constexpr int most_rows = kNibbleRows;
+  static constexpr std::int64_t chunk_units = kChunkUnits;
+  static constexpr std::int64_t few_strip_units = kFewStripUnits;
+  static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
-  static void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
   }
+  void finish(const GemmArgs&, std::int64_t, float*) {}
 };
-
-template <class Kernel, int rows>
-NG_INLINE void run_strip(int count, const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
-  if constexpr (rows > 1) {
-    if (count < rows) return run_strip<Kernel, rows - 1>(count, a, panel, strip, c);
-  }
-  Kernel::template run<rows>(a, panel, strip, c);
-}
-
-// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1. While few
-// strips go over a chunk memory is what they wait for, and it must not fall idle behind the first: small chunks.
-template <class Kernel>
-void gemm_strips(const GemmArgs& a) {
-  int all_strips = 0;
-  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
-  const std::int64_t chunk = all_strips == 1 ? a.last_unit - a.first_unit : all_strips <= kFewStrips ? kFewStripUnits : kChunkUnits;
-  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
-      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
-      float* c = a.c + panel * a.c_panel_stride;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        const int strips = (block.rows + Kernel::most_rows - 1) / Kernel::most_rows;
-        int row = 0;
-        for (int i = 0; i < strips; ++i) {
-          const int count = (block.rows - row + strips - i - 1) / (strips - i);
-          run_strip<Kernel, Kernel::most_rows>(count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0},
-                                               c + row * kPanelColumns);
-          row += count;
-        }
-        c += block.rows * kPanelColumns;
-      }
-    }
-  }
-}
 
 void gemm_vnni(const GemmArgs& a) {
   switch (a.layout->kind) {

@@ -8,9 +8,9 @@
 
 namespace numagraft {
 
-// What inputs look like to a kernel. `wide`: int16 integers; `halves`: the same integers q as two int8 halves,
-// q = 128 * high + low, the high half only where some |q| exceeds 127; `f32` and `bf16`: as they are; `bf16_f16`: as bf16,
-// and as fp16 whose largest lies between 512 and 1024.
+// What inputs look like to a kernel. `wide`: int16 integers, the second and third of every four swapped; `halves`: the same
+// integers q as two int8 halves, q = 128 * high + low, the high half only where some |q| exceeds 127; `f32` and `bf16`: as
+// they are; `bf16_f16`: as bf16, and as fp16 whose largest lies between 512 and 1024.
 enum class RowForm : std::uint8_t { wide, halves, f32, bf16, bf16_f16 };
 
 inline constexpr int kBlockRows = 32;

@@ -38,7 +38,6 @@ NG_INLINE V zero() { return _mm512_setzero_si512(); }
 NG_INLINE VF zero_float() { return _mm512_setzero_ps(); }
 NG_INLINE V load_bytes(const std::byte* p) { return _mm512_loadu_si512(p); }
 NG_INLINE void store_bytes(void* p, V v) { _mm512_store_si512(p, v); }
-NG_INLINE V widen_bytes(const std::byte* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 NG_INLINE V repeat16(short x) { return _mm512_set1_epi16(x); }
 NG_INLINE V repeat32(int x) { return _mm512_set1_epi32(x); }
 NG_INLINE V repeat64(long long x) { return _mm512_set1_epi64(x); }
@@ -49,6 +48,7 @@ NG_INLINE V madd(V a, V b) { return _mm512_madd_epi16(a, b); }
 NG_INLINE V maddubs(V u, V s) { return _mm512_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
 NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
+NG_INLINE V right8(V a) { return _mm512_srli_epi16(a, 8); }
 NG_INLINE V signed_right1(V a) { return _mm512_srai_epi16(a, 1); }
 NG_INLINE V left7(V a) { return _mm512_slli_epi32(a, 7); }
 NG_INLINE V left16(V a) { return _mm512_slli_epi32(a, 16); }
@@ -79,7 +79,6 @@ NG_INLINE V zero() { return _mm256_setzero_si256(); }
 NG_INLINE VF zero_float() { return _mm256_setzero_ps(); }
 NG_INLINE V load_bytes(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 NG_INLINE void store_bytes(void* p, V v) { _mm256_store_si256(static_cast<__m256i*>(p), v); }
-NG_INLINE V widen_bytes(const std::byte* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 NG_INLINE V repeat16(short x) { return _mm256_set1_epi16(x); }
 NG_INLINE V repeat32(int x) { return _mm256_set1_epi32(x); }
 NG_INLINE V repeat64(long long x) { return _mm256_set1_epi64x(x); }
@@ -90,6 +89,7 @@ NG_INLINE V madd(V a, V b) { return _mm256_madd_epi16(a, b); }
 NG_INLINE V maddubs(V u, V s) { return _mm256_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
 NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
+NG_INLINE V right8(V a) { return _mm256_srli_epi16(a, 8); }
 NG_INLINE V signed_right1(V a) { return _mm256_srai_epi16(a, 1); }
 NG_INLINE V left7(V a) { return _mm256_slli_epi32(a, 7); }
 NG_INLINE V left16(V a) { return _mm256_slli_epi32(a, 16); }
@@ -113,6 +113,16 @@ NG_INLINE VF power_of_two(const std::byte* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23));
 }
 #endif
+
+// A sum is computed where it is written. Otherwise gcc adds products up with each other first, or late, and keeps many of them
+// at a time: more than there are registers, so that sums go to memory and back.
+NG_INLINE void settle(V& sum) {
+#if defined(__AVX512BW__)
+  asm volatile("" : "+v"(sum));
+#else
+  asm volatile("" : "+x"(sum));
+#endif
+}
 
 constexpr int kVectorBytes = kInt32s * 4;
 constexpr int kParts = kTileColumns / kInt32s;  // vectors of results per 16-column tile

@@ -106,7 +106,10 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
     }
     if constexpr (form == RowForm::wide) {
       auto* low = reinterpret_cast<std::int16_t*>(a.low) + unit * a.unit_stride;
-      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I16));
+      for (int v = 0; v < 4; ++v) {
+        const I16 narrow = __builtin_convertvector(q[v], I16);
+        store(low + v * kLanes, __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+      }
     } else {
       auto* low = reinterpret_cast<std::int8_t*>(a.low) + unit * a.unit_stride;
       auto* high = reinterpret_cast<std::int8_t*>(a.high) + unit * a.unit_stride;

@@ -1,0 +1,92 @@
+#pragma once
+
+// The loop that the multiply kernels share: which rows meet which weights, and in what order. Included by one translation
+// unit of each ISA that needs it; everything is internal to it.
+#include "kernels/kernel_table.h"
+#include "kernels/registers.h"
+
+namespace numagraft {
+namespace {
+
+constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
+constexpr int kFewStrips = 4;
+
+// Rows [first_row, first_row + rows) of a block over units [first_unit, last_unit) of a panel.
+struct Strip {
+  const RowBlock* block;
+  int first_row;
+  std::int64_t first_unit;
+  std::int64_t last_unit;
+  bool fresh;  // first strip over these weights: they come from memory
+};
+
+// Those flags of a unit that say that one of the strip's rows has a high half.
+NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
+  std::uint8_t tiles = 0;
+  if (strip.first_row < 16) tiles |= 1;
+  if (strip.first_row + rows > 16) tiles |= 2;
+  return tiles;
+}
+
+template <class Kernel, int rows>
+NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+  if constexpr (rows > 1) {
+    if (count < rows) return run_strip<Kernel, rows - 1>(kernel, count, a, panel, strip, c);
+  }
+  kernel.template run<rows>(a, panel, strip, c);
+}
+
+// Strips of nearly equal heights, all of them over one chunk of a panel before the next: the chunk stays in L1. While few
+// strips go over a chunk memory is what they wait for, and it must not fall idle behind the first: small chunks.
+//
+// A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
+// run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums.
+template <class Kernel>
+void gemm_strips(const GemmArgs& a) {
+  Kernel kernel;
+  int all_strips = 0;
+  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
+  std::int64_t chunk = all_strips == 1 ? Kernel::single_strip_units : all_strips <= kFewStrips ? Kernel::few_strip_units : Kernel::chunk_units;
+  if (chunk == 0) chunk = a.last_unit - a.first_unit;
+  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+    float* const panel_c = a.c + panel * a.c_panel_stride;
+    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
+      float* c = panel_c;
+      for (int b = 0; b < a.block_count; ++b) {
+        const RowBlock& block = a.blocks[b];
+        const int strips = (block.rows + Kernel::most_rows - 1) / Kernel::most_rows;
+        int row = 0;
+        for (int i = 0; i < strips; ++i) {
+          const int count = (block.rows - row + strips - i - 1) / (strips - i);
+          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0},
+                                               c + row * kPanelColumns);
+          row += count;
+        }
+        c += block.rows * kPanelColumns;
+      }
+    }
+    if (a.last_unit == a.layout->units) kernel.finish(a, panel, panel_c);
+  }
+}
+
+// int8: the integer sums of a panel as floats, without what the weights' offset adds to them.
+NG_INLINE void finish_int8(const GemmArgs& a, std::int64_t panel, float* c) {
+  const float* side = panel_side(a, panel);
+  for (int b = 0; b < a.block_count; ++b) {
+    const RowBlock& block = a.blocks[b];
+    for (int row = 0; row < block.rows; ++row, c += kPanelColumns) {
+      const V offset = repeat32(static_cast<int>(static_cast<unsigned>(block.sum[row]) * kInt8Offset));
+      const VF scale = repeat(block.scale[row]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 2 * kParts; ++v) {
+        float* to = c + v * kInt32s;
+        const V sum = sub32(load_bytes(reinterpret_cast<const std::byte*>(to)), offset);
+        store_floats(to, mul(to_floats(sum), mul(load_floats(side + v * kInt32s), scale)));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace numagraft
