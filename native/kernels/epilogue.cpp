@@ -35,6 +35,14 @@ NUMAGRAFT_INLINE F activate(GateKind kind, F g) {
   }
 }
 
+NUMAGRAFT_INLINE U16 inner_value(F value) {
+#if defined(__AVX512BF16__)
+  return (U16)_mm512_cvtneps_pbh((__m512)value);  // subnormals become zero, as in the multiplication that follows
+#else
+  return to_bf16(value);
+#endif
+}
+
 template <GateKind kind>
 NUMAGRAFT_INLINE void gate_rows(const GateArgs& a) {
   for (int half = 0; half < kHalves; ++half) {
@@ -52,7 +60,7 @@ NUMAGRAFT_INLINE void gate_rows(const GateArgs& a) {
       } else {
         value = activate(kind, g) * u;
       }
-      store(a.inner + row * a.row_stride + half * kLanes, to_bf16(value));
+      store(a.inner + row * a.row_stride + half * kLanes, inner_value(value));
     }
   }
 }

@@ -3,37 +3,43 @@
 #include "kernels/kernel_table.h"
 #include "kernels/simd.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-constexpr int kHalves = kPanelColumns / kLanes;
+constexpr int kSlices = kPanelColumns / kLanes;  // of a panel's columns, a vector each
+// Where a slice begins in a unit whose column tiles take `tile_bytes`, with `column_bytes` per column in each of their lines.
+NUMAGRAFT_INLINE std::int64_t slice_offset(int slice, int tile_bytes, int column_bytes) {
+  const int column = slice * kLanes;
+  return column / kTileColumns * tile_bytes + column % kTileColumns * column_bytes;
+}
 
 // ---- gathering: staged[k][32]
 
 template <int step>
 NUMAGRAFT_INLINE void exchange(F& a, F& b) {
-  constexpr int n = kLanes;
-  constexpr auto first = [](int lane) { return (lane & step) ? lane - step + n : lane; };
-  constexpr auto second = [](int lane) { return (lane & step) ? lane + n : lane + step; };
+  constexpr auto first = [](int lane) { return (lane & step) ? lane - step + kLanes : lane; };
+  constexpr auto second = [](int lane) { return (lane & step) ? lane + kLanes : lane + step; };
+#if defined(__AVX512F__)
   const F low = __builtin_shufflevector(a, b, first(0), first(1), first(2), first(3), first(4), first(5), first(6),
                                         first(7), first(8), first(9), first(10), first(11), first(12), first(13),
                                         first(14), first(15));
   const F high = __builtin_shufflevector(a, b, second(0), second(1), second(2), second(3), second(4), second(5),
                                          second(6), second(7), second(8), second(9), second(10), second(11), second(12),
                                          second(13), second(14), second(15));
+#else
+  const F low = __builtin_shufflevector(a, b, first(0), first(1), first(2), first(3), first(4), first(5), first(6), first(7));
+  const F high = __builtin_shufflevector(a, b, second(0), second(1), second(2), second(3), second(4), second(5), second(6), second(7));
+#endif
   a = low;
   b = high;
 }
 
+template <int step>
 NUMAGRAFT_INLINE void transpose(F (&v)[kLanes]) {
-  for (int i = 0; i < 8; ++i) exchange<8>(v[i], v[i + 8]);
-  for (int i = 0; i < 16; i += (i % 8 == 3) ? 5 : 1) exchange<4>(v[i], v[i + 4]);
-  for (int i = 0; i < 16; i += (i % 4 == 1) ? 3 : 1) exchange<2>(v[i], v[i + 2]);
-  for (int i = 0; i < 16; i += 2) exchange<1>(v[i], v[i + 1]);
+  for (int i = 0; i < kLanes; ++i) {
+    if (!(i & step)) exchange<step>(v[i], v[i + step]);
+  }
+  if constexpr (step > 1) transpose<step / 2>(v);
 }
 
 // e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinities, 0x7F is NaN.
@@ -50,18 +56,22 @@ NUMAGRAFT_INLINE F e2m1_value(I code) {
   return (F)((I)select(magnitude < 2, to_float(magnitude) * splat(0.5f), normal) | ((code & 8) << 28));
 }
 
-// 16 neighbouring elements of a row. `coded`: codes as they are, in lanes of integers; else values, which lack their scales.
+// A vector of neighbouring elements of a row. `coded`: codes as they are, in lanes of integers; else values, which lack their scales.
 template <DType dtype, bool coded>
 NUMAGRAFT_INLINE F load_elements(const void* data, std::int64_t index) {
   if constexpr (dtype == DType::e4m3) {
     const I codes = __builtin_convertvector(load<U8>(static_cast<const std::uint8_t*>(data) + index), I);
     return coded ? (F)codes : e4m3_value(codes);
   } else if constexpr (dtype == DType::e2m1) {
-    typedef std::uint8_t Pairs __attribute__((vector_size(8)));
+    typedef std::uint8_t Pairs __attribute__((vector_size(kLanes / 2)));
     const Pairs pairs = load<Pairs>(static_cast<const std::uint8_t*>(data) + index / 2);
     const Pairs low = pairs & 15;
     const Pairs high = pairs >> 4;
+#if defined(__AVX512F__)
     const I codes = __builtin_convertvector(__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), I);
+#else
+    const I codes = __builtin_convertvector(__builtin_shufflevector(low, high, 0, 4, 1, 5, 2, 6, 3, 7), I);
+#endif
     return coded ? (F)codes : e2m1_value(codes);
   } else {
     return load_as_float(data, dtype, index);
@@ -81,7 +91,7 @@ NUMAGRAFT_INLINE float load_one(const void* data, std::int64_t index) {
 NUMAGRAFT_INLINE F power_of_two(I exponent_code) { return (F)(exponent_code << 23); }
 NUMAGRAFT_INLINE bool present_row(const PackArgs& a, std::int64_t row) { return row >= a.row_begin && row < a.row_end; }
 
-// Scales of 16 neighbouring rows of a quantised source at one of its columns; rows that are not packed have 0.
+// Scales of neighbouring rows of a quantised source at one of its columns; rows that are not packed have 0.
 NUMAGRAFT_INLINE F fp8_scales(const PackArgs& a, std::int64_t first_row, std::int64_t column) {
   F scales = {};
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -107,11 +117,11 @@ template <DType dtype, bool coded>
 void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
   const MatrixView& source = *a.source;
   constexpr bool scaled = (dtype == DType::e4m3 || dtype == DType::e2m1) && !coded;
-  for (int half = 0; half < kHalves; ++half) {
+  for (int slice = 0; slice < kSlices; ++slice) {
     std::int64_t offsets[kLanes];
     bool present[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
-      const std::int64_t row = a.first_row + half * kLanes + lane;
+      const std::int64_t row = a.first_row + slice * kLanes + lane;
       present[lane] = present_row(a, row);
       offsets[lane] = present[lane] ? row * source.row_stride + a.first_input : 0;
     }
@@ -122,20 +132,20 @@ void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
       for (int lane = 0; lane < kLanes; ++lane) {
         v[lane] = present[lane] ? load_elements<dtype, coded>(source.data, offsets[lane] + k) : F{};
       }
-      transpose(v);
+      transpose<kLanes / 2>(v);
       if constexpr (scaled) {
-        if (k % 32 == 0) scales = source_scales<dtype>(a, a.first_row + half * kLanes, a.first_input + k);
+        if (k % 32 == 0) scales = source_scales<dtype>(a, a.first_row + slice * kLanes, a.first_input + k);
         for (int i = 0; i < kLanes; ++i) v[i] *= scales;
       }
-      for (int i = 0; i < kLanes; ++i) store(staged + (k + i) * kPanelColumns + half * kLanes, v[i]);
+      for (int i = 0; i < kLanes; ++i) store(staged + (k + i) * kPanelColumns + slice * kLanes, v[i]);
     }
     for (; k < inputs; ++k) {
       F v = {};
       for (int lane = 0; lane < kLanes; ++lane) {
         if (present[lane]) v[lane] = load_one<dtype, coded>(source.data, offsets[lane] + k);
       }
-      if constexpr (scaled) v *= source_scales<dtype>(a, a.first_row + half * kLanes, a.first_input + k);
-      store(staged + k * kPanelColumns + half * kLanes, v);
+      if constexpr (scaled) v *= source_scales<dtype>(a, a.first_row + slice * kLanes, a.first_input + k);
+      store(staged + k * kPanelColumns + slice * kLanes, v);
     }
   }
 }
@@ -148,8 +158,8 @@ void gather_strided(const PackArgs& a, std::int64_t inputs, float* staged) {
     const std::int64_t column = (a.first_input + k) * source.column_stride;
     float* to = staged + k * kPanelColumns;
     if (whole) {
-      for (int half = 0; half < kHalves; ++half) {
-        store(to + half * kLanes, load_as_float(source.data, dtype, column + a.first_row + half * kLanes));
+      for (int slice = 0; slice < kSlices; ++slice) {
+        store(to + slice * kLanes, load_as_float(source.data, dtype, column + a.first_row + slice * kLanes));
       }
       continue;
     }
@@ -179,31 +189,8 @@ void gather(const PackArgs& a, float* staged) {
 }
 
 NUMAGRAFT_INLINE F magnitude(F x) { return (F)((I)x & 0x7FFFFFFF); }
-// select(a > b, a, b) and select(a < b, a, b): one instruction that the compiler does not find. The searches live by them.
-#if defined(__AVX512F__)
-NUMAGRAFT_INLINE F larger(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
-NUMAGRAFT_INLINE F smaller(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX2__)
-struct Halves {
-  __m256 low;
-  __m256 high;
-};
-NUMAGRAFT_INLINE F larger(F a, F b) {
-  const Halves x = __builtin_bit_cast(Halves, a);
-  const Halves y = __builtin_bit_cast(Halves, b);
-  return __builtin_bit_cast(F, Halves{_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
-}
-NUMAGRAFT_INLINE F smaller(F a, F b) {
-  const Halves x = __builtin_bit_cast(Halves, a);
-  const Halves y = __builtin_bit_cast(Halves, b);
-  return __builtin_bit_cast(F, Halves{_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)});
-}
-#else
-NUMAGRAFT_INLINE F larger(F a, F b) { return select(a > b, a, b); }
-NUMAGRAFT_INLINE F smaller(F a, F b) { return select(a < b, a, b); }
-#endif
-NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int half) {
-  return load<F>(staged + k * kPanelColumns + half * kLanes);
+NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int slice) {
+  return load<F>(staged + k * kPanelColumns + slice * kLanes);
 }
 NUMAGRAFT_INLINE F rounded_to_bf16(F x) { return from_bf16(to_bf16(x)); }
 NUMAGRAFT_INLINE I clamp(I q, std::int32_t low, std::int32_t high) {
@@ -217,12 +204,12 @@ NUMAGRAFT_INLINE F reciprocal_or_zero(F s) { return select(s != F{}, splat(1.0f)
 // ---- bf16
 
 void pack_bf16(const PackArgs& a, const float* staged) {
-  std::byte* to = a.panel;
   for (std::int64_t k = 0; k < a.layout->units * kUnitInputs; k += kUnitInputs / 2) {
-    for (int half = 0; half < kHalves; ++half) {
+    for (int slice = 0; slice < kSlices; ++slice) {
+      std::byte* to = a.panel + k * kPanelColumns * 2 + slice_offset(slice, 1024, 4);
       for (int row = 0; row < 16; ++row, to += 64) {
-        const U even = __builtin_convertvector(to_bf16(at(staged, k + 2 * row, half)), U);
-        const U odd = __builtin_convertvector(to_bf16(at(staged, k + 2 * row + 1, half)), U);
+        const U even = __builtin_convertvector(to_bf16(at(staged, k + 2 * row, slice)), U);
+        const U odd = __builtin_convertvector(to_bf16(at(staged, k + 2 * row + 1, slice)), U);
         store(to, even | (odd << 16));
       }
     }
@@ -233,24 +220,24 @@ void pack_bf16(const PackArgs& a, const float* staged) {
 
 // Largest magnitude of each column over all inputs of the source, also those of other shards: every placement then has
 // the same scales.
-void widen_range(const Layout& layout, const float* staged, F (&largest)[kHalves]) {
+void widen_range(const Layout& layout, const float* staged, F (&largest)[kSlices]) {
   for (std::int64_t k = 0; k < layout.k; ++k) {
-    for (int half = 0; half < kHalves; ++half) largest[half] = larger(magnitude(at(staged, k, half)), largest[half]);
+    for (int slice = 0; slice < kSlices; ++slice) largest[slice] = maximum(magnitude(at(staged, k, slice)), largest[slice]);
   }
 }
 
-void pack_int8(const PackArgs& a, const float* staged, const F (&range)[kHalves]) {
-  for (int half = 0; half < kHalves; ++half) {
-    const F largest = range[half];
+void pack_int8(const PackArgs& a, const float* staged, const F (&range)[kSlices]) {
+  for (int slice = 0; slice < kSlices; ++slice) {
+    const F largest = range[slice];
     const F scale = largest * splat(1.0f / 127.0f);
     const F inverse = reciprocal_or_zero(scale);
-    store(a.side + half * kLanes, scale);
+    store(a.side + slice * kLanes, scale);
     for (std::int64_t unit = 0; unit < a.layout->units; ++unit) {
-      std::byte* to = a.panel + unit * a.layout->unit_bytes + half * 1024;
+      std::byte* to = a.panel + unit * a.layout->unit_bytes + slice_offset(slice, 1024, 4);
       for (int row = 0; row < 16; ++row, to += 64) {
         I bytes = {};
         for (int i = 0; i < 4; ++i) {
-          const F w = at(staged, unit * kUnitInputs + row * 4 + i, half);
+          const F w = at(staged, unit * kUnitInputs + row * 4 + i, slice);
           bytes |= (clamp(round_to_int(w * inverse), -127, 127) + kInt8Offset) << (8 * i);
         }
         store(to, bytes);
@@ -277,7 +264,7 @@ NUMAGRAFT_INLINE Grid rounded(F scale, F minimum) {
 template <bool symmetric>
 struct Search {
   const float* staged;
-  int half;
+  int slice;
   int inputs;
   F sum;      // of the weights
   F spread;   // asymmetric: their squared deviations from the mean; symmetric: their squares
@@ -294,8 +281,8 @@ struct Search {
     F sqq = {};
     F swq = {};
     for (int k = 0; k < inputs; ++k) {
-      const F w = at(staged, k, half);
-      F q = smaller(larger(w * inverse + offset, F{}), splat(15.0f));
+      const F w = at(staged, k, slice);
+      F q = minimum(maximum(w * inverse + offset, F{}), splat(15.0f));
       q = (q + splat(8388608.0f)) - splat(8388608.0f);
       const F d = w - (tried.scale * q + tried.minimum);
       squares += d * d;
@@ -318,7 +305,7 @@ struct Search {
     const F off_middle = symmetric ? F{} : fitted.minimum + fitted.scale * mean - sum / n;
     F fitted_error = spread - scale * wq + off_scale * off_scale * qq + off_middle * off_middle * n;
     // The difference has lost digits; a grid that the weights lie on is found by its own error, which is exactly 0.
-    fitted_error = larger(fitted_error, spread * splat(1e-6f));
+    fitted_error = maximum(fitted_error, spread * splat(1e-6f));
     keep(select(solvable, fitted_error, splat(__builtin_inff())), fitted);
   }
 
@@ -333,22 +320,22 @@ struct Search {
 // Grids that span less than the range often have the smaller squared error: a few spans are tried, the best refitted once
 // more, and its neighbours a few per cent wider and narrower, each refitted.
 template <bool symmetric>
-Grid search(const float* staged, int half, int inputs) {
-  F low = symmetric ? F{} : at(staged, 0, half);
+Grid search(const float* staged, int slice, int inputs) {
+  F low = symmetric ? F{} : at(staged, 0, slice);
   F high = low;
   F sum = {};
   F squares = {};
   for (int k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, half);
-    low = smaller(low, w);
-    high = larger(high, w);
+    const F w = at(staged, k, slice);
+    low = minimum(low, w);
+    high = maximum(high, w);
     sum += w;
     squares += w * w;
   }
   const F n = splat(static_cast<float>(inputs));
   const F middle = (low + high) * splat(0.5f);
-  const F spread = symmetric ? squares : larger(squares - sum * sum / n, F{});
-  Search<symmetric> best{staged, half, inputs, sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
+  const F spread = symmetric ? squares : maximum(squares - sum * sum / n, F{});
+  Search<symmetric> best{staged, slice, inputs, sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
   if constexpr (symmetric) {
     // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign, or the +7.
     const F extreme = select(-low > high, low, high);
@@ -374,14 +361,14 @@ Grid search(const float* staged, int half, int inputs) {
 void pack_int4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   const bool symmetric = layout.symmetric;
-  F largest[kHalves] = {};
-  Grid grids[kHalves] = {};
+  F largest[kSlices] = {};
+  Grid grids[kSlices] = {};
   for (std::int64_t unit = 0; unit < layout.units; ++unit) {
     std::byte* data = a.panel + unit * layout.unit_bytes;
     auto* scales = reinterpret_cast<std::uint16_t*>(data + layout.data_bytes);
     std::uint16_t* minima = scales + layout.unit_groups * kPanelColumns;
     const float* inputs = staged + unit * kUnitInputs * kPanelColumns;
-    for (int half = 0; half < kHalves; ++half) {
+    for (int slice = 0; slice < kSlices; ++slice) {
       I nibbles[kUnitInputs];
       for (int begin = 0; begin < kUnitInputs; begin += 32) {
         const std::int64_t first = unit * kUnitInputs + begin;
@@ -390,26 +377,26 @@ void pack_int4(const PackArgs& a, const float* staged) {
           if (members > layout.group) members = layout.group;
           const float* group = staged + first * kPanelColumns;
           if (members <= 0) {
-            grids[half] = Grid{};
+            grids[slice] = Grid{};
           } else {
-            grids[half] = symmetric ? search<true>(group, half, static_cast<int>(members))
-                                    : search<false>(group, half, static_cast<int>(members));
+            grids[slice] = symmetric ? search<true>(group, slice, static_cast<int>(members))
+                                    : search<false>(group, slice, static_cast<int>(members));
           }
         }
-        const Grid& grid = grids[half];
+        const Grid& grid = grids[slice];
         const int group_in_unit = layout.unit_groups == 2 ? begin / 32 : 0;
-        store(scales + group_in_unit * kPanelColumns + half * kLanes, to_bf16(grid.scale));
-        if (!symmetric) store(minima + group_in_unit * kPanelColumns + half * kLanes, to_bf16(grid.minimum));
+        store(scales + group_in_unit * kPanelColumns + slice * kLanes, to_bf16(grid.scale));
+        if (!symmetric) store(minima + group_in_unit * kPanelColumns + slice * kLanes, to_bf16(grid.minimum));
         const F inverse = reciprocal_or_zero(grid.scale);
         const F offset = -grid.minimum * inverse;
         for (int k = begin; k < begin + 32; ++k) {
-          const F w = at(inputs, k, half);
-          const I q = round_to_int(smaller(larger(w * inverse + offset, F{}), splat(15.0f)));
+          const F w = at(inputs, k, slice);
+          const I q = round_to_int(minimum(maximum(w * inverse + offset, F{}), splat(15.0f)));
           nibbles[k] = q;
-          if (first + k - begin < layout.k) largest[half] = larger(magnitude(grid.scale * to_float(q) + grid.minimum), largest[half]);
+          if (first + k - begin < layout.k) largest[slice] = maximum(magnitude(grid.scale * to_float(q) + grid.minimum), largest[slice]);
         }
       }
-      std::byte* to = data + half * 512;
+      std::byte* to = data + slice_offset(slice, 512, 4);
       for (int row = 0; row < 8; ++row, to += 64) {
         I bytes = {};
         for (int i = 0; i < 4; ++i) {
@@ -419,8 +406,8 @@ void pack_int4(const PackArgs& a, const float* staged) {
       }
       if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
         const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
-        store(a.side + chunk * a.side_stride + half * kLanes, largest[half] * splat(1.0f / 127.0f));
-        largest[half] = F{};
+        store(a.side + chunk * a.side_stride + slice * kLanes, largest[slice] * splat(1.0f / 127.0f));
+        largest[slice] = F{};
       }
     }
   }
@@ -442,9 +429,9 @@ NUMAGRAFT_INLINE I mxfp4_code(F x) {
   return code | (((I)x >> 28) & 8);
 }
 
-NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
+NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int slice, int inputs) {
   F largest = {};
-  for (int k = 0; k < inputs; ++k) largest = larger(magnitude(at(staged, k, half)), largest);
+  for (int k = 0; k < inputs; ++k) largest = maximum(magnitude(at(staged, k, slice)), largest);
   // The exponent of the OCP specification (largest power of two in the group over that of 6), or one more where the
   // values it clips cost more than the coarser step.
   const I base = clamp(((I)largest >> 23) - 2, 1, 253);
@@ -453,7 +440,7 @@ NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
     const F scale = power_of_two(base + candidate);
     const F inverse = splat(1.0f) / scale;
     for (int k = 0; k < inputs; ++k) {
-      const F w = at(staged, k, half);
+      const F w = at(staged, k, slice);
       const F d = w - e2m1_value(mxfp4_code(w * inverse)) * scale;
       error[candidate] += d * d;
     }
@@ -465,31 +452,31 @@ NUMAGRAFT_INLINE I mxfp4_exponent(const float* staged, int half, int inputs) {
 template <bool coded>
 void pack_mxfp4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
-  F largest[kHalves] = {};
+  F largest[kSlices] = {};
   for (std::int64_t unit = 0; unit < layout.units; ++unit) {
     std::byte* data = a.panel + unit * layout.unit_bytes;
     auto* exponents = reinterpret_cast<std::uint8_t*>(data + layout.data_bytes);
     const float* inputs = staged + unit * kUnitInputs * kPanelColumns;
-    for (int half = 0; half < kHalves; ++half) {
+    for (int slice = 0; slice < kSlices; ++slice) {
       I nibbles[kUnitInputs];
       for (int group = 0; group < 2; ++group) {
         const std::int64_t first = unit * kUnitInputs + group * 32;
         I exponent = {};
         if constexpr (coded) {
           const std::int64_t column = a.first_input + first;
-          if (column < a.source->columns) exponent = mxfp4_exponents(a, a.first_row + half * kLanes, column);
+          if (column < a.source->columns) exponent = mxfp4_exponents(a, a.first_row + slice * kLanes, column);
         } else {
-          exponent = mxfp4_exponent(inputs + group * 32 * kPanelColumns, half, 32);
+          exponent = mxfp4_exponent(inputs + group * 32 * kPanelColumns, slice, 32);
         }
-        store(exponents + group * kPanelColumns + half * kLanes, __builtin_convertvector(exponent, U8));
+        store(exponents + group * kPanelColumns + slice * kLanes, __builtin_convertvector(exponent, U8));
         const F scale = power_of_two(exponent);
         const F inverse = splat(1.0f) / scale;
         for (int k = group * 32; k < group * 32 + 32; ++k) {
-          nibbles[k] = coded ? (I)at(inputs, k, half) : mxfp4_code(at(inputs, k, half) * inverse);
-          largest[half] = larger(magnitude(e2m1_value(nibbles[k]) * scale), largest[half]);
+          nibbles[k] = coded ? (I)at(inputs, k, slice) : mxfp4_code(at(inputs, k, slice) * inverse);
+          largest[slice] = maximum(magnitude(e2m1_value(nibbles[k]) * scale), largest[slice]);
         }
       }
-      std::byte* to = data + half * 512;
+      std::byte* to = data + slice_offset(slice, 512, 4);
       for (int row = 0; row < 8; ++row, to += 64) {
         I bytes = {};
         for (int i = 0; i < 4; ++i) bytes |= (nibbles[row * 4 + i] | (nibbles[32 + row * 4 + i] << 4)) << (8 * i);
@@ -497,8 +484,8 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
       }
       if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
         const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
-        store(a.side + chunk * a.side_stride + half * kLanes, largest[half] * splat(1.0f / 127.0f));
-        largest[half] = F{};
+        store(a.side + chunk * a.side_stride + slice * kLanes, largest[slice] * splat(1.0f / 127.0f));
+        largest[slice] = F{};
       }
     }
   }
@@ -507,7 +494,7 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
 // ---- fp8 (e4m3): one scale per 128 inputs and, packed from floats, per panel
 
 NUMAGRAFT_INLINE U fp8_code(F x) {
-  const U bits = (U)magnitude(smaller(larger(x, splat(-448.0f)), splat(448.0f)));
+  const U bits = (U)magnitude(minimum(maximum(x, splat(-448.0f)), splat(448.0f)));
   const U normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3);
   const U subnormal = (U)round_to_int((F)bits * splat(512.0f));
   const U small = (U)((F)bits < splat(0x1p-6f));
@@ -521,15 +508,15 @@ void pack_fp8_coded(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   for (std::int64_t block = 0; block < layout.scale_rows; ++block) {
     const std::int64_t column = a.first_input + block * kFp8Block;
-    for (int half = 0; half < kHalves; ++half) {
-      const F scales = column < a.source->columns ? fp8_scales(a, a.first_row + half * kLanes, column) : F{};
-      store(a.side + block * a.side_stride + half * kLanes, scales);
+    for (int slice = 0; slice < kSlices; ++slice) {
+      const F scales = column < a.source->columns ? fp8_scales(a, a.first_row + slice * kLanes, column) : F{};
+      store(a.side + block * a.side_stride + slice * kLanes, scales);
     }
   }
   for (std::int64_t k = 0; k < layout.units * kUnitInputs; k += 32) {
-    for (int half = 0; half < kHalves; ++half) {
-      std::byte* to = a.panel + (k / 32) * 1024 + half * 512;
-      for (int row = 0; row < 16; ++row, to += 32) store_fp8(to, (U)at(staged, k + 2 * row, half), (U)at(staged, k + 2 * row + 1, half));
+    for (int slice = 0; slice < kSlices; ++slice) {
+      std::byte* to = a.panel + (k / 32) * 1024 + slice_offset(slice, 512, 2);
+      for (int row = 0; row < 16; ++row, to += 32) store_fp8(to, (U)at(staged, k + 2 * row, slice), (U)at(staged, k + 2 * row + 1, slice));
     }
   }
 }
@@ -541,18 +528,18 @@ void pack_fp8(const PackArgs& a, const float* staged) {
     const std::int64_t last = first + kFp8Block < layout.units * kUnitInputs ? first + kFp8Block : layout.units * kUnitInputs;
     F lanes = {};
     for (std::int64_t k = first; k < last; ++k) {
-      for (int half = 0; half < kHalves; ++half) lanes = larger(magnitude(at(staged, k, half)), lanes);
+      for (int slice = 0; slice < kSlices; ++slice) lanes = maximum(magnitude(at(staged, k, slice)), lanes);
     }
     float largest = 0;
     for (int lane = 0; lane < kLanes; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
     const F scale = splat(largest / 448.0f);
     const F inverse = reciprocal_or_zero(scale);
-    for (int half = 0; half < kHalves; ++half) store(a.side + block * a.side_stride + half * kLanes, scale);
+    for (int slice = 0; slice < kSlices; ++slice) store(a.side + block * a.side_stride + slice * kLanes, scale);
     for (std::int64_t k = first; k < last; k += 32) {
-      for (int half = 0; half < kHalves; ++half) {
-        std::byte* to = a.panel + (k / 32) * 1024 + half * 512;
+      for (int slice = 0; slice < kSlices; ++slice) {
+        std::byte* to = a.panel + (k / 32) * 1024 + slice_offset(slice, 512, 2);
         for (int row = 0; row < 16; ++row, to += 32) {
-          store_fp8(to, fp8_code(at(staged, k + 2 * row, half) * inverse), fp8_code(at(staged, k + 2 * row + 1, half) * inverse));
+          store_fp8(to, fp8_code(at(staged, k + 2 * row, slice) * inverse), fp8_code(at(staged, k + 2 * row + 1, slice) * inverse));
         }
       }
     }
@@ -590,7 +577,7 @@ void pack(const PackArgs& a) {
     gather<DType::e2m1, true>(a, staged);
     return pack_mxfp4<true>(a, staged);
   }
-  F range[kHalves] = {};
+  F range[kSlices] = {};
   if (a.layout->kind == WeightKind::int8) {
     PackArgs other = a;
     for (other.first_input = 0; other.first_input < a.source->columns; other.first_input += a.layout->k) {

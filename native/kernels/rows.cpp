@@ -16,20 +16,29 @@ struct Spread {
   float absolute_sum;
 };
 
-Spread measure(const PrepareArgs& a) {
+struct Running {
   I largest = {};
   F squares = {};
   F absolutes = {};
+};
+NUMAGRAFT_INLINE void take_in(Running& r, F x) {
+  const I bits = (I)x & 0x7FFFFFFF;
+  r.largest = bits > r.largest ? bits : r.largest;
+  r.squares += x * x;
+  r.absolutes += (F)bits;
+}
+
+Spread measure(const PrepareArgs& a) {
+  Running even;
+  Running odd;  // two chains of additions hide each other's latency
   std::int64_t i = 0;
-  for (; i + kLanes <= a.k; i += kLanes) {
-    const F x = load_as_float(a.x, a.dtype, i);
-    const I bits = (I)x & 0x7FFFFFFF;
-    const I above = bits > largest;
-    largest = (above & bits) | (~above & largest);
-    squares += x * x;
-    absolutes += (F)bits;
+  for (; i + 2 * kLanes <= a.k; i += 2 * kLanes) {
+    take_in(even, load_as_float(a.x, a.dtype, i));
+    take_in(odd, load_as_float(a.x, a.dtype, i + kLanes));
   }
-  Spread spread{0, sum_lanes(squares), sum_lanes(absolutes)};
+  for (; i + kLanes <= a.k; i += kLanes) take_in(even, load_as_float(a.x, a.dtype, i));
+  const I largest = even.largest > odd.largest ? even.largest : odd.largest;
+  Spread spread{0, sum_lanes(even.squares + odd.squares), sum_lanes(even.absolutes + odd.absolutes)};
   for (int lane = 0; lane < kLanes; ++lane) {
     if (static_cast<std::uint32_t>(largest[lane]) > spread.largest_bits) spread.largest_bits = largest[lane];
   }
@@ -70,15 +79,82 @@ float choose_scale(const PrepareArgs& a, const Spread& spread) {
   return scale;
 }
 
-NUMAGRAFT_INLINE void load_unit(const PrepareArgs& a, std::int64_t first, F (&x)[4]) {
+constexpr int kUnitVectors = kUnitInputs / kLanes;
+
+NUMAGRAFT_INLINE void load_unit(const PrepareArgs& a, std::int64_t first, F (&x)[kUnitVectors]) {
   if (first + kUnitInputs <= a.k) {
-    for (int v = 0; v < 4; ++v) x[v] = load_as_float(a.x, a.dtype, first + v * kLanes);
+    for (int v = 0; v < kUnitVectors; ++v) x[v] = load_as_float(a.x, a.dtype, first + v * kLanes);
     return;
   }
   alignas(64) float padded[kUnitInputs] = {};
   for (std::int64_t i = first; i < a.k; ++i) padded[i - first] = scalar_as_float(a.x, a.dtype, i);
-  for (int v = 0; v < 4; ++v) x[v] = load<F>(padded + v * kLanes);
+  for (int v = 0; v < kUnitVectors; ++v) x[v] = load<F>(padded + v * kLanes);
 }
+
+NUMAGRAFT_INLINE void set_flag(const PrepareArgs& a, std::int64_t unit) {
+  // Rows of one block may be prepared by several threads.
+  if (!(__atomic_load_n(a.flags + unit, __ATOMIC_RELAXED) & a.flag_bit)) __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
+}
+
+#if defined(__AVX512BW__)
+// The integers of a unit in 16 bits: four vectors packed to two, each 128 bits four of one and four of the next.
+NUMAGRAFT_INLINE void unit_integers(const PrepareArgs& a, std::int64_t unit, F inverse, __m512i (&q)[2]) {
+  F x[kUnitVectors];
+  load_unit(a, unit * kUnitInputs, x);
+  for (int v = 0; v < 2; ++v) {
+    q[v] = _mm512_packs_epi32((__m512i)round_to_int(x[2 * v] * inverse), (__m512i)round_to_int(x[2 * v + 1] * inverse));
+  }
+}
+// Two such vectors as bytes, in the inputs' order.
+NUMAGRAFT_INLINE __m512i unit_bytes(__m512i first, __m512i second) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second));
+}
+// The sums of two vectors' lanes, as floats side by side.
+NUMAGRAFT_INLINE void store_two_sums(float* to, __m512i first, __m512i second) {
+  const __m512i pairs = _mm512_add_epi32(_mm512_unpacklo_epi32(first, second), _mm512_unpackhi_epi32(first, second));
+  const __m256i four = _mm256_add_epi32(_mm512_castsi512_si256(pairs), _mm512_extracti64x4_epi64(pairs, 1));
+  const __m128i two = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+  _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm_cvtepi32_ps(_mm_add_epi32(two, _mm_unpackhi_epi64(two, two))));
+}
+
+// What the loop of `quantise` does for halves, 64 integers at a time. Returns the row's sum.
+template <bool one_half, bool sums>
+NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
+  const __m512i ones = _mm512_set1_epi16(1);
+  __m512i total = _mm512_setzero_si512();
+  for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    __m512i q[2];
+    unit_integers(a, unit, inverse, q);
+    const __m512i first = _mm512_madd_epi16(q[0], ones);
+    const __m512i second = _mm512_madd_epi16(q[1], ones);
+    total = _mm512_add_epi32(total, _mm512_add_epi32(first, second));
+    if constexpr (sums) store_two_sums(a.group_sum + unit * a.group_stride, first, second);
+    __m512i upper[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    if constexpr (!one_half) {
+      __mmask32 wide[2];
+      for (int v = 0; v < 2; ++v) {
+        wide[v] = _mm512_cmpgt_epu16_mask(_mm512_add_epi16(q[v], _mm512_set1_epi16(127)), _mm512_set1_epi16(254));
+        upper[v] = _mm512_maskz_srai_epi16(wide[v], _mm512_add_epi16(q[v], _mm512_set1_epi16(64)), 7);
+        q[v] = _mm512_sub_epi16(q[v], _mm512_slli_epi16(upper[v], 7));
+      }
+      if ((wide[0] | wide[1]) != 0) set_flag(a, unit);
+    }
+    _mm512_storeu_si512(a.high + unit * a.unit_stride, one_half ? upper[0] : unit_bytes(upper[0], upper[1]));
+    _mm512_storeu_si512(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]));
+  }
+  return _mm512_reduce_add_epi32(total);
+}
+
+// A row of NaN: integers of 0.
+NUMAGRAFT_INLINE void clear_units(const PrepareArgs& a) {
+  for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    _mm512_storeu_si512(a.high + unit * a.unit_stride, _mm512_setzero_si512());
+    _mm512_storeu_si512(a.low + unit * a.unit_stride, _mm512_setzero_si512());
+    if (a.group_sum != nullptr) a.group_sum[unit * a.group_stride] = a.group_sum[unit * a.group_stride + 1] = 0.0f;
+  }
+}
+#endif
 
 template <RowForm form>
 NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
@@ -90,14 +166,32 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
   float largest;
   __builtin_memcpy(&largest, &spread.largest_bits, 4);
   const bool one_half = largest <= scale * 127.49f;  // else some integers are beyond int8
+#if defined(__AVX512BW__)
+  if constexpr (form == RowForm::halves) {
+    if (!finite) {
+      *a.sum = 0;
+      return clear_units(a);
+    }
+    if (a.group_sum != nullptr) {
+      *a.sum = one_half ? quantise_units<true, true>(a, inverse) : quantise_units<false, true>(a, inverse);
+    } else {
+      *a.sum = one_half ? quantise_units<true, false>(a, inverse) : quantise_units<false, false>(a, inverse);
+    }
+    return;
+  }
+#endif
   I total = {};
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    F x[4];
-    I q[4];
+    F x[kUnitVectors];
+    I q[kUnitVectors];
     load_unit(a, unit * kUnitInputs, x);
-    for (int v = 0; v < 4; ++v) q[v] = finite ? round_to_int(x[v] * inverse) : I{};
-    const I first = q[0] + q[1];
-    const I second = q[2] + q[3];
+    for (int v = 0; v < kUnitVectors; ++v) q[v] = finite ? round_to_int(x[v] * inverse) : I{};
+    I first = q[0];
+    I second = q[kUnitVectors / 2];
+    for (int v = 1; v < kUnitVectors / 2; ++v) {
+      first += q[v];
+      second += q[kUnitVectors / 2 + v];
+    }
     total += first + second;
     if (a.group_sum != nullptr) {
       float* group_sum = a.group_sum + unit * a.group_stride;
@@ -106,31 +200,33 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
     }
     if constexpr (form == RowForm::wide) {
       auto* low = reinterpret_cast<std::int16_t*>(a.low) + unit * a.unit_stride;
-      for (int v = 0; v < 4; ++v) {
+      for (int v = 0; v < kUnitVectors; ++v) {
         const I16 narrow = __builtin_convertvector(q[v], I16);
+#if defined(__AVX512F__)
         store(low + v * kLanes, __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+#else
+        store(low + v * kLanes, __builtin_shufflevector(narrow, narrow, 0, 2, 1, 3, 4, 6, 5, 7));
+#endif
       }
     } else {
       auto* low = reinterpret_cast<std::int8_t*>(a.low) + unit * a.unit_stride;
       auto* high = reinterpret_cast<std::int8_t*>(a.high) + unit * a.unit_stride;
       if (!one_half) {
         I any = {};
-        I upper[4];
-        for (int v = 0; v < 4; ++v) {
+        I upper[kUnitVectors];
+        for (int v = 0; v < kUnitVectors; ++v) {
           const I wide = (q[v] > 127) | (q[v] < -127);
           upper[v] = ((q[v] + 64) >> 7) & wide;
           any |= upper[v];
           q[v] -= upper[v] << 7;
         }
-        // Rows of one block may be prepared by several threads. Where this row needs no high half another may.
-        for (int v = 0; v < 4; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
-        if (any_lane(any) && !(__atomic_load_n(a.flags + unit, __ATOMIC_RELAXED) & a.flag_bit)) {
-          __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
-        }
+        // Where this row needs no high half another may.
+        for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
+        if (any_lane(any)) set_flag(a, unit);
       } else {
-        for (int v = 0; v < 4; ++v) store(high + v * kLanes, I8{});
+        for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, I8{});
       }
-      for (int v = 0; v < 4; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I8));
+      for (int v = 0; v < kUnitVectors; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I8));
     }
   }
   *a.sum = sum_lanes(total);
@@ -141,9 +237,13 @@ NUMAGRAFT_INLINE void convert(const PrepareArgs& a) {
   *a.scale = 1.0f;
   *a.sum = 0;
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    F x[4];
+    if (form == RowForm::bf16 && a.dtype == DType::bf16 && (unit + 1) * kUnitInputs <= a.k) {
+      __builtin_memcpy(a.low + unit * a.unit_stride * 2, static_cast<const std::uint16_t*>(a.x) + unit * kUnitInputs, 2 * kUnitInputs);
+      continue;
+    }
+    F x[kUnitVectors];
     load_unit(a, unit * kUnitInputs, x);
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < kUnitVectors; ++v) {
       if constexpr (form == RowForm::f32) {
         store(reinterpret_cast<float*>(a.low) + unit * a.unit_stride + v * kLanes, x[v]);
       } else {
@@ -169,9 +269,9 @@ void convert_twice(const PrepareArgs& a) {
   __builtin_memcpy(&inverse, &inverse_bits, 4);
   *a.scale = spread.largest_bits >= 0x7F800000 ? __builtin_nanf("") : 1.0f / inverse;
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    F x[4];
+    F x[kUnitVectors];
     load_unit(a, unit * kUnitInputs, x);
-    for (int v = 0; v < 4; ++v) {
+    for (int v = 0; v < kUnitVectors; ++v) {
       store(reinterpret_cast<std::uint16_t*>(a.high) + unit * a.unit_stride + v * kLanes, __builtin_convertvector(x[v] * splat(inverse), F16));
     }
   }

@@ -4,12 +4,12 @@
 
 #include "kernels/format.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-// Vectors of 16 lanes for the code that is one source on every ISA (rows, epilogues, packing): the compiler splits them to
-// the registers there are. Everything has internal linkage: an ISA object must not export an inline function, or the
+// Vectors for the code that is one source on every ISA (rows, epilogues, packing), as long as a register: gcc takes longer
+// ones apart into single lanes. Everything has internal linkage: an ISA object must not export an inline function, or the
 // linker might keep its copy for everyone.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -19,14 +19,18 @@
 namespace numagraft {
 namespace {
 
+#if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
-typedef float F __attribute__((vector_size(64)));
-typedef std::int32_t I __attribute__((vector_size(64)));
-typedef std::uint32_t U __attribute__((vector_size(64)));
-typedef std::uint16_t U16 __attribute__((vector_size(32)));
-typedef std::int16_t I16 __attribute__((vector_size(32)));
-typedef std::int8_t I8 __attribute__((vector_size(16)));
-typedef std::uint8_t U8 __attribute__((vector_size(16)));
+#else
+inline constexpr int kLanes = 8;
+#endif
+typedef float F __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t I __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t U __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t U16 __attribute__((vector_size(kLanes * 2)));
+typedef std::int16_t I16 __attribute__((vector_size(kLanes * 2)));
+typedef std::int8_t I8 __attribute__((vector_size(kLanes)));
+typedef std::uint8_t U8 __attribute__((vector_size(kLanes)));
 
 template <class V>
 NUMAGRAFT_INLINE V load(const void* p) {
@@ -38,15 +42,29 @@ template <class V>
 NUMAGRAFT_INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-NUMAGRAFT_INLINE F splat(float x) { return F{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+NUMAGRAFT_INLINE F splat(float x) { return x - F{}; }
 NUMAGRAFT_INLINE F select(I mask, F a, F b) { return (F)((mask & (I)a) | (~mask & (I)b)); }
 // Comparisons with NaN are false: the second operand of minimum and maximum passes through where it is NaN.
+#if defined(__AVX512F__)
+NUMAGRAFT_INLINE F minimum(F limit, F x) { return (F)_mm512_min_ps((__m512)limit, (__m512)x); }
+NUMAGRAFT_INLINE F maximum(F limit, F x) { return (F)_mm512_max_ps((__m512)limit, (__m512)x); }
+#elif defined(__AVX2__)
+NUMAGRAFT_INLINE F minimum(F limit, F x) { return (F)_mm256_min_ps((__m256)limit, (__m256)x); }
+NUMAGRAFT_INLINE F maximum(F limit, F x) { return (F)_mm256_max_ps((__m256)limit, (__m256)x); }
+#else
 NUMAGRAFT_INLINE F minimum(F limit, F x) { return select(x > limit, limit, x); }
 NUMAGRAFT_INLINE F maximum(F limit, F x) { return select(x < limit, limit, x); }
+#endif
 NUMAGRAFT_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
 
 // Nearest integer, ties to even, exact for |x| < 2^22.
+#if defined(__AVX512F__)
+NUMAGRAFT_INLINE I round_to_int(F x) { return (I)_mm512_cvtps_epi32((__m512)x); }
+#elif defined(__AVX2__)
+NUMAGRAFT_INLINE I round_to_int(F x) { return (I)_mm256_cvtps_epi32((__m256)x); }
+#else
 NUMAGRAFT_INLINE I round_to_int(F x) { return (I)(x + splat(12582912.0f)) - 0x4B400000; }
+#endif
 
 NUMAGRAFT_INLINE F from_bf16(U16 v) { return (F)(__builtin_convertvector(v, U) << 16); }
 NUMAGRAFT_INLINE U16 to_bf16(F x) {
@@ -104,9 +122,13 @@ NUMAGRAFT_INLINE void store_from_float(void* data, DType dtype, std::int64_t ind
 }
 
 NUMAGRAFT_INLINE float sum_lanes(F v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+#endif
 }
 NUMAGRAFT_INLINE std::int32_t sum_lanes(I v) {
 #if defined(__AVX512F__)
@@ -122,9 +144,9 @@ NUMAGRAFT_INLINE bool any_lane(I v) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
 #else
-  typedef std::uint64_t U64 __attribute__((vector_size(64)));
+  typedef std::uint64_t U64 __attribute__((vector_size(kLanes * 4)));
   const U64 words = (U64)v;
-  return (words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]) != 0;
+  return (words[0] | words[1] | words[2] | words[3]) != 0;
 #endif
 }
 
@@ -144,7 +166,16 @@ NUMAGRAFT_INLINE F exponential(F x) {
   p = p * r * r + r + splat(1.0f);
   return p * (F)((n + 127) << 23);
 }
-NUMAGRAFT_INLINE F sigmoid(F x) { return splat(1.0f) / (splat(1.0f) + exponential(-x)); }
+NUMAGRAFT_INLINE F sigmoid(F x) {
+  const F d = splat(1.0f) + exponential(-x);
+#if defined(__AVX512F__)
+  // 14 bits and a Newton step: a division takes as long as all the rest.
+  const F y = (F)_mm512_rcp14_ps((__m512)d);
+  return y * (splat(2.0f) - d * y);
+#else
+  return splat(1.0f) / d;
+#endif
+}
 
 }  // namespace
 }  // namespace numagraft
