@@ -12,8 +12,6 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-constexpr std::int64_t kInt8ChunkUnits = 12;  // 24 KiB of weights stay in L1
-
 template <bool two>
 void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead,
                 float* c) {
@@ -43,7 +41,8 @@ void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, st
   }
 }
 
-// Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal.
+// Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Chunks that several blocks read
+// leave L1 room for the block's inputs; where weights are read once, the panel is one chunk and its sums stay in the tiles.
 template <class Body>
 NUMAGRAFT_INLINE void for_chunks(const GemmArgs& a, std::int64_t units, Body body) {
   const std::int64_t all = a.last_unit - a.first_unit;
@@ -58,11 +57,13 @@ NUMAGRAFT_INLINE void for_chunks(const GemmArgs& a, std::int64_t units, Body bod
 
 void gemm_int8(const GemmArgs& a) {
   const Layout& layout = *a.layout;
-  for_chunks(a, kInt8ChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+  const std::int64_t units = a.last_unit - a.first_unit;
+  const bool once = count_steps(a, a.first_unit, a.last_unit) == units;
+  for_chunks(a, once ? units : kChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
     const std::int64_t steps = count_steps(a, first, last);
     if (first == a.first_unit) prefetch_scales(panel_side(a, panel));
-    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, bytes, kNear, steps, steps == last - first);
+    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, bytes, kNear, steps, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
       if (a.blocks[b].stride_rows > 16) {
         int8_block<true>(a, panel, a.blocks[b], first, last, ahead, c);
@@ -126,7 +127,9 @@ void gemm_bf16(const GemmArgs& a) {
   const Layout& layout = *a.layout;
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
   if (layout.kind == WeightKind::fp8) prefetch_first_scales(a);
-  for_chunks(a, kFloatChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+  const bool once = a.block_count == 1;
+  const std::int64_t units = once && layout.kind == WeightKind::bf16 ? a.last_unit - a.first_unit : kFloatChunkUnits;
+  for_chunks(a, units, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
     const std::byte* weights = stream;
     if (layout.kind == WeightKind::fp8) {
@@ -138,7 +141,7 @@ void gemm_bf16(const GemmArgs& a) {
       weights = expanded;
     }
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
-    Ahead ahead(stream, bytes, bytes, kNear, 2 * (last - first) * a.block_count, a.block_count == 1);
+    Ahead ahead(stream, bytes, bytes, kNear, 2 * (last - first) * a.block_count, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
       if (a.blocks[b].stride_rows > 16) {
         bf16_block<true>(weights, a.blocks[b], first, last, ahead, c);
