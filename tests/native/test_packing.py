@@ -75,10 +75,32 @@ def test_weights_on_a_grid_are_kept():
     assert np.array_equal(unpacked(packed(weight, WeightFormat("int4")), weight.shape), weight)
 
 
+def test_int8_weights_on_a_grid_are_kept():
+    rng = np.random.default_rng(2)
+    steps = np.round(rng.standard_normal((32, 4096)) * 20).clip(-120, 120)
+    steps[:, 7] = 127  # alone up there: clipping it would cost little, if the rest were not exact
+    weight = (steps * 2.0 ** rng.integers(-8, -2, (32, 1))).astype(np.float32)
+    assert np.array_equal(unpacked(packed(weight, WeightFormat("int8")), weight.shape), weight)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_clips_where_that_has_the_smaller_error(isa):
+    weight = np.random.default_rng(3).standard_normal((40, 14336)).astype(np.float32)
+    widest = np.abs(weight).max(axis=1, keepdims=True)
+    unclipped = np.round(weight / widest * 127) * (widest / 127)
+    found = unpacked(packed(weight, WeightFormat("int8"), isa=isa), weight.shape)
+    assert error(found, weight) < 0.98 * error(unclipped, weight)
+    row_errors = np.linalg.norm(found - weight, axis=1) / np.linalg.norm(unclipped - weight, axis=1)
+    assert (row_errors <= 1.0001).all()
+    assert (np.abs(found).max(axis=1) < widest[:, 0]).any()
+
+
 def test_mxfp4_keeps_values_of_its_own():
     rng = np.random.default_rng(3)
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6])
-    weight = (rng.choice(values, (32, 8, 32)) * 2.0 ** rng.integers(-20, 10, (32, 8, 1))).reshape(32, 256).astype(np.float32)
+    weight = (
+        (rng.choice(values, (32, 8, 32)) * 2.0 ** rng.integers(-20, 10, (32, 8, 1))).reshape(32, 256).astype(np.float32)
+    )
     assert np.array_equal(unpacked(packed(weight, WeightFormat("mxfp4")), weight.shape), weight)
 
 
@@ -145,7 +167,13 @@ def test_each_row_comes_once_and_fits():
     made = packed(weight[:6], WeightFormat("int8"))
     assert made.missing() == []
     made = LinearWeights(
-        runtime(), out_features=10, in_features=8, format=WeightFormat("int8"), parts=parts("bind", 1, 10), has_bias=True, owner="m"
+        runtime(),
+        out_features=10,
+        in_features=8,
+        format=WeightFormat("int8"),
+        parts=parts("bind", 1, 10),
+        has_bias=True,
+        owner="m",
     )
     assert made.missing() == ["weight", "bias"]
     made.load_weight(matrix(weight[:6]))
