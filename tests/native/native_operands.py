@@ -29,11 +29,7 @@ ISAS = capabilities().supported
 
 
 def name_of(format: WeightFormat) -> str:
-    return (
-        f"{format.kind}-g{format.group}{'-symmetric' if format.symmetric else ''}"
-        if format.kind == "int4"
-        else format.kind
-    )
+    return f"{format.kind}-g{format.group}{'-symmetric' if format.symmetric else ''}" if format.kind == "int4" else format.kind
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

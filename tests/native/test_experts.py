@@ -29,18 +29,7 @@ GATES = [Gate("silu"), Gate("gelu"), Gate("gelu_tanh"), Gate("relu"), Gate("clam
 
 class Mixture:
     def __init__(
-        self,
-        experts,
-        hidden,
-        intermediate,
-        format,
-        *,
-        gate=GATES[0],
-        isa=None,
-        policy="bind",
-        nodes=1,
-        threads=1,
-        bias=False,
+        self, experts, hidden, intermediate, format, *, gate=GATES[0], isa=None, policy="bind", nodes=1, threads=1, bias=False
     ):
         rng = np.random.default_rng(0)
         self.experts, self.hidden, self.intermediate, self.gate = experts, hidden, intermediate, gate
@@ -63,9 +52,7 @@ class Mixture:
             for (name, shape), by in zip(shapes.items(), scale, strict=True)
         }
         self.weights.load_experts(**{name: [matrix(m) for m in listed] for name, listed in self.source.items()})
-        self.bias = {
-            name: rng.standard_normal((experts, shape[0])).astype(np.float32) * bias for name, shape in shapes.items()
-        }
+        self.bias = {name: rng.standard_normal((experts, shape[0])).astype(np.float32) * bias for name, shape in shapes.items()}
         if bias:
             for expert in range(experts):
                 for name in shapes:
@@ -134,9 +121,7 @@ def test_gates_and_biases(isa, gate, bias):
 )
 def test_every_placement_gives_what_one_node_gives(format, isa, policy, nodes, threads, shape, bias):
     experts, hidden, intermediate, tokens = shape
-    placed = Mixture(
-        experts, hidden, intermediate, format, isa=isa, policy=policy, nodes=nodes, threads=threads, bias=bias
-    )
+    placed = Mixture(experts, hidden, intermediate, format, isa=isa, policy=policy, nodes=nodes, threads=threads, bias=bias)
     one = Mixture(experts, hidden, intermediate, format, isa=isa, bias=bias)
     if format.kind != "fp8":  # its blocks are those of a shard's panels
         for name, weight in one.dequantised.items():
@@ -147,9 +132,7 @@ def test_every_placement_gives_what_one_node_gives(format, isa, policy, nodes, t
     exact = one.expected(x, ids, weights)
     # shards take their own scale for the inner activation, and few terms do not average its rounding out
     scale = np.linalg.norm(expected) + 0.3 * np.linalg.norm(x) + 0.1
-    assert np.linalg.norm(found - expected) / scale <= 2.5 * EXPERTS_BAR[format.kind] + (
-        0.05 if format.kind == "fp8" else 0
-    )
+    assert np.linalg.norm(found - expected) / scale <= 2.5 * EXPERTS_BAR[format.kind] + (0.05 if format.kind == "fp8" else 0)
     assert np.linalg.norm(placed.expected(x, ids, weights) - found) / scale <= 2.5 * EXPERTS_BAR[format.kind]
     assert np.isfinite(exact).all()
 
@@ -183,9 +166,7 @@ def test_ids_out_of_range_are_named_before_anything_is_computed():
     x, (ids, weights) = np.ones((20, 64), np.float32), routed(20, 6, 2)
     ids[3, 1], ids[7, 0] = 7, -1
     out = np.full((20, 64), 77, np.float32)
-    with pytest.raises(
-        IndexError, match=r"mixture: token 3 chose expert 7, token 7 chose expert -1; expected 0 to 5, or 6"
-    ):
+    with pytest.raises(IndexError, match=r"mixture: token 3 chose expert 7, token 7 chose expert -1; expected 0 to 5, or 6"):
         mixture.weights.forward(matrix(x), matrix(ids), matrix(weights), matrix(out))
     assert (out == 77).all()
 
@@ -222,13 +203,7 @@ def test_dtypes_and_strides():
 def test_every_piece_comes_once_and_fits():
     shape = {"experts": 3, "hidden": 64, "intermediate": 32}
     made = ExpertsWeights(
-        runtime(),
-        **shape,
-        format=WeightFormat("int8"),
-        gate=Gate(),
-        parts=parts("bind", 1, 32),
-        has_bias=True,
-        owner="m",
+        runtime(), **shape, format=WeightFormat("int8"), gate=Gate(), parts=parts("bind", 1, 32), has_bias=True, owner="m"
     )
     assert made.missing() == ["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
     wide, tall, bias = np.ones((32, 64), np.float32), np.ones((64, 32), np.float32), np.ones((1, 32), np.float32)
@@ -243,9 +218,7 @@ def test_every_piece_comes_once_and_fits():
         assert text in str(caught.value)
     assert made.missing()[:4] == ["gate of expert 0", "gate of expert 2", "up", "down"]  # nothing was changed
     with pytest.raises(WeightError, match="never arrived: gate of expert 0"):
-        made.forward(
-            matrix(wide), matrix(np.zeros((32, 1), np.int64)), matrix(np.ones((32, 1), np.float32)), matrix(wide.copy())
-        )
+        made.forward(matrix(wide), matrix(np.zeros((32, 1), np.int64)), matrix(np.ones((32, 1), np.float32)), matrix(wide.copy()))
     made.load_gate_bias(0, matrix(bias))
     with pytest.raises(WeightError, match="gate_bias of expert 0: it was loaded before"):
         made.load_gate_bias(0, matrix(bias))
@@ -258,9 +231,7 @@ def test_packed_bytes_are_what_is_allocated():
         mixture = Mixture(3, 96, 200, format, policy="shard", nodes=2, bias=True)
         asked = experts_packed_bytes(3, 96, 200, format, True, parts("shard", 2, 200))
         assert sum(asked) == mixture.weights.packed_bytes
-        assert [buffer.bytes >= bytes_ for bytes_, buffer in zip(asked, mixture.weights.buffers(), strict=True)] == [
-            True
-        ] * 2
+        assert [buffer.bytes >= bytes_ for bytes_, buffer in zip(asked, mixture.weights.buffers(), strict=True)] == [True] * 2
 
 
 def test_counts():

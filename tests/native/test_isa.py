@@ -20,11 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def in_use(isa: str) -> subprocess.CompletedProcess[str]:
     code = "from numagraft import native; c = native.capabilities(); print(c.isa, c.forced)"
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"NUMAGRAFT_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", code], env=os.environ | {"NUMAGRAFT_ISA": isa}, capture_output=True, text=True, timeout=120
     )
 
 

@@ -27,9 +27,7 @@ from numagraft.native import LinearWeights, WeightFormat
 
 
 class Layer:
-    def __init__(
-        self, out_features, in_features, format, *, isa=None, policy="bind", nodes=1, threads=1, bias=True, seed=0
-    ):
+    def __init__(self, out_features, in_features, format, *, isa=None, policy="bind", nodes=1, threads=1, bias=True, seed=0):
         rng = np.random.default_rng(seed)
         self.weights = LinearWeights(
             runtime(nodes, threads),
@@ -42,11 +40,7 @@ class Layer:
             isa=isa,
         )
         self.weights.load_weight(matrix(rng.standard_normal((out_features, in_features)).astype(np.float32)))
-        self.bias = (
-            rng.standard_normal((1, out_features)).astype(np.float32)
-            if bias
-            else np.zeros((1, out_features), np.float32)
-        )
+        self.bias = rng.standard_normal((1, out_features)).astype(np.float32) if bias else np.zeros((1, out_features), np.float32)
         if bias:
             self.weights.load_bias(matrix(self.bias))
         self.dequantised = np.empty((out_features, in_features), dtype=np.float32)
@@ -138,36 +132,19 @@ def test_dtypes_and_strides_of_inputs_and_outputs(isa, kind):
 def test_outputs_in_fp16_are_rounded_as_numpy_does():
     """Subnormals, ties and overflow, through the conversion that ISAs without F16C use too."""
     values = np.concatenate(
-        [
-            np.float32(2.0) ** np.arange(-30, 18, dtype=np.float32),
-            np.linspace(0.9, 1.1, 500, dtype=np.float32) * 2.0**-14,
-        ]
+        [np.float32(2.0) ** np.arange(-30, 18, dtype=np.float32), np.linspace(0.9, 1.1, 500, dtype=np.float32) * 2.0**-14]
     )
     values = np.concatenate([values, -values, [65504, 65519, 65520, 1e9]]).astype(np.float32)[:, None]
     for isa in ISAS:
         identity = LinearWeights(
-            runtime(),
-            out_features=1,
-            in_features=1,
-            format=WeightFormat("bf16"),
-            parts=parts("bind", 1, 1),
-            has_bias=True,
-            owner="m",
-            isa=isa,
+            runtime(), out_features=1, in_features=1, format=WeightFormat("bf16"), parts=parts("bind", 1, 1), has_bias=True, owner="m", isa=isa
         )
         identity.load_weight(matrix(np.zeros((1, 1), np.float32)))
         x = np.zeros((1, 1), np.float32)
         for value in values[::7]:
             del identity
             identity = LinearWeights(
-                runtime(),
-                out_features=1,
-                in_features=1,
-                format=WeightFormat("bf16"),
-                parts=parts("bind", 1, 1),
-                has_bias=True,
-                owner="m",
-                isa=isa,
+                runtime(), out_features=1, in_features=1, format=WeightFormat("bf16"), parts=parts("bind", 1, 1), has_bias=True, owner="m", isa=isa
             )
             identity.load_weight(matrix(np.zeros((1, 1), np.float32)))
             identity.load_bias(matrix(value[None, :].copy()))
@@ -196,9 +173,7 @@ def test_a_bad_row_stays_in_its_row(isa, format, bad):
 def test_no_rows_and_wrong_shapes():
     layer = Layer(40, 100, WeightFormat("int8"))
     assert layer(np.empty((0, 100), np.float32)).shape == (0, 40)
-    with pytest.raises(
-        WeightError, match=r"found input \[2, 99\] and output \[2, 40\], expected \[T, 100\] and \[T, 40\]"
-    ):
+    with pytest.raises(WeightError, match=r"found input \[2, 99\] and output \[2, 40\], expected \[T, 100\] and \[T, 40\]"):
         layer(np.ones((2, 99), np.float32))
     with pytest.raises(WeightError, match="contiguous"):
         layer.weights.forward(matrix(np.ones((2, 100), np.float32)), matrix(np.empty((2, 80), np.float32)[:, ::2]))

@@ -79,9 +79,7 @@ def unpacked(made, shape, method="unpack", *which) -> np.ndarray:
 def fp8(rows: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, block scales, and the values they stand for: every code but NaN occurs."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 0x7F, (rows, columns)).astype(np.uint8) | (rng.integers(0, 2, (rows, columns)) << 7).astype(
-        np.uint8
-    )
+    codes = rng.integers(0, 0x7F, (rows, columns)).astype(np.uint8) | (rng.integers(0, 2, (rows, columns)) << 7).astype(np.uint8)
     scales = np.exp(rng.standard_normal((-(-rows // 128), -(-columns // 128)))).astype(np.float32) * 1e-3
     magnitude = codes & 0x7F
     exponent, mantissa = (magnitude >> 3).astype(np.int32), (magnitude & 7).astype(np.float32)
@@ -214,13 +212,7 @@ def test_what_cannot_be_packed(stored):
     with pytest.raises(WeightError, match="no multiple of the 32 that share an exponent"):
         linear(stored.add(codes.tobytes(), "e2m1", 64, 48, scales), WeightFormat("mxfp4"))
     made = LinearWeights(
-        runtime(),
-        out_features=64,
-        in_features=128,
-        format=WeightFormat("int8"),
-        parts=parts("bind", 1, 64),
-        has_bias=False,
-        owner="m",
+        runtime(), out_features=64, in_features=128, format=WeightFormat("int8"), parts=parts("bind", 1, 64), has_bias=False, owner="m"
     )
     with pytest.raises(WeightError, match="come whole, found 32 of 64 rows"):
         made.load_weight(stored.floats(np.ones((32, 128), np.float32), "bf16"), first_row=32)
