@@ -97,7 +97,8 @@ NG_INLINE void nibble_group(const std::byte* w, int first, const std::byte* cons
 #pragma GCC unroll 4
       for (int v = 0; v < count; ++v) {
         const std::byte* from = w + (first + v) / kParts * 512 + i * 64 + (first + v) % kParts * kVectorBytes;
-        if (fresh && (first + v) % kParts == 0) prefetch_line(from);
+        // Memory wants requests spread: where both tiles are read side by side, one tile's with either group.
+        if (fresh && (first + v) % kParts == 0 && (count < kVectors || (first + v) / kParts == group)) prefetch_line(from);
         const V pair = load_bytes(from);
         values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
         if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
@@ -177,11 +178,15 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, float
   for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
     const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
     const bool with_high = block.flags[unit] & mask;
+    const std::int64_t half = (layout.data_bytes + layout.unit_bytes) / 2;
     if (strip.fresh) {
-      for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
+      for (std::int64_t line = layout.data_bytes; line < half; line += 64) prefetch_line(w + line);
     }
     add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, total);
-    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, w, false, total);
+    if (strip.fresh) {
+      for (std::int64_t line = half; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
+    }
+    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, total);
   }
   const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] : 1.0f);
 #pragma GCC unroll 4
@@ -241,7 +246,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
     }
     for (int first = 0; first < kVectors; first += count) {
       add_nibble_group<kind, symmetric, 0, rows, count, false>(layout, w, first, low, group_sum, strip.fresh, c);
-      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, false, c);
+      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, strip.fresh && count == kVectors, c);
       if (block.flags[unit] & mask) {
         add_nibble_group<kind, symmetric, 0, rows, count, true>(layout, w, first, high, nullptr, false, c);
         add_nibble_group<kind, symmetric, 1, rows, count, true>(layout, w, first, high, nullptr, false, c);
