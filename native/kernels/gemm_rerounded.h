@@ -10,115 +10,193 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+// A weight becomes the upper byte of q s + m, 16-bit integers: s and m are its group's scale and minimum in units of 1/256 of
+// the column's int8 scale, m with what rounds. The addition costs nothing: bits above q's four are free, and as s is made odd,
+// some multiple k of 16 has k s = m (mod 2^16, m a multiple of 16). So q | k times s is all.
+struct Factors {  // of 16 columns of a unit
+  __m512i scale[2];   // by group of 32 inputs; in both 16-bit halves of a column's lane
+  __m512i offset[2];  // k
+};
+
 // 256 / scale of 16 columns of a chunk, 0 for a column of zeros.
 NUMAGRAFT_INLINE __m512 inverse_scales(const float* side) {
   const __m512 scale = _mm512_loadu_ps(side);
   return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ), _mm512_set1_ps(256.0f), scale);
 }
 
+// Both 16-bit halves of every lane from its lower (0) or upper (1) one.
+template <int half>
+NUMAGRAFT_INLINE __m512i repeat_half(__m512i v) {
+  constexpr char b = 2 * half;
+  return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(_mm_setr_epi8(b, b + 1, b, b + 1, b + 4, b + 5, b + 4, b + 5, b + 8, b + 9, b + 8,
+                                                                     b + 9, b + 12, b + 13, b + 12, b + 13)));
+}
+// The low halves of `low`, and those of `high` above them.
+NUMAGRAFT_INLINE __m512i join_halves(__m512i low, __m512i high) {
+  const __m512i up = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 0, 0, 4, 5, 0, 0, 8, 9, 0, 0, 12, 13));
+  return _mm512_mask_shuffle_epi8(low, 0xCCCCCCCCCCCCCCCCull, high, up);
+}
+
 template <WeightKind kind, bool symmetric>
-NUMAGRAFT_INLINE void expand_unit(const Layout& layout, const std::byte* unit, const __m512 (&inverses)[2], std::byte* to) {
+NUMAGRAFT_INLINE void find_factors(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, Factors& to) {
+  constexpr int used_bits = kind == WeightKind::mxfp4 ? 5 : 4;  // of a nibble, or of an e2m1 times two plus 12
   const std::byte* scales = unit + layout.data_bytes;
-  const __m512i mask = _mm512_set1_epi16(15);
-  // bytes 1, 3, 5, ... of two registers in turn: of every 16-bit product its upper byte, even inputs before odd ones
-  alignas(64) static const std::uint8_t kUpperBytes[64] = {
-      1,  65, 3,  67, 5,  69, 7,  71, 9,  73, 11, 75, 13, 77,  15, 79,  17, 81,  19, 83,  21, 85,  23, 87,  25, 89,  27, 91,  29, 93,  31, 95,
-      33, 97, 35, 99, 37, 101, 39, 103, 41, 105, 43, 107, 45, 109, 47, 111, 49, 113, 51, 115, 53, 117, 55, 119, 57, 121, 59, 123, 61, 125, 63, 127};
-  const __m512i upper_bytes = _mm512_load_si512(kUpperBytes);
-  const __m512i lookup = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-  for (int t = 0; t < 2; ++t) {
-    const __m512 inverse = inverses[t];
-    __m512i factor[2];
-    __m512i offset[2];
-    for (int g = 0; g < 2; ++g) {
-      const int column = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + t * kTileColumns;
-      __m512 scale;
-      __m512 minimum = _mm512_setzero_ps();
-      if constexpr (kind == WeightKind::mxfp4) {
-        const __m128i exponents = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + column));
-        scale = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(exponents), 23)), _mm512_set1_ps(0.5f));
-      } else {
-        const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
-        scale = widen_bf16(halves + column);
-        minimum = symmetric ? _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f))
-                            : widen_bf16(halves + layout.unit_groups * kPanelColumns + column);
+  const __m512 to_integer = _mm512_set1_ps(12582912.0f);  // the sum's low bits are the integer
+  const __m512i rounding = _mm512_set1_epi16(128 + (1 << used_bits) / 2);  // to a byte, and to a multiple
+  __m512i scale[2];
+  __m512i minimum[2];
+  for (int g = 0; g < 2; ++g) {
+    const int column = (layout.unit_groups == 2 ? g : 0) * kPanelColumns + tile * kTileColumns;
+    if constexpr (kind == WeightKind::mxfp4) {
+      const __m512 half = _mm512_mul_ps(power_of_two(scales + column), _mm512_set1_ps(0.5f));
+      scale[g] = _mm512_castps_si512(_mm512_fmadd_ps(half, inverse, to_integer));
+    } else {
+      const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
+      scale[g] = _mm512_castps_si512(_mm512_fmadd_ps(widen_bf16(halves + column), inverse, to_integer));
+      if constexpr (!symmetric) {
+        const __m512 value = widen_bf16(halves + layout.unit_groups * kPanelColumns + column);
+        minimum[g] = _mm512_castps_si512(_mm512_fmadd_ps(value, inverse, to_integer));
       }
-      // 8.8 fixed point, in both 16-bit halves of a column's lane; adding 128 rounds
-      const __m512i s = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(scale, inverse)), _mm512_set1_epi32(0xFFFF));
-      const __m512i m = _mm512_and_si512(
-          _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(minimum, inverse)), _mm512_set1_epi32(128)), _mm512_set1_epi32(0xFFFF));
-      factor[g] = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
-      offset[g] = _mm512_or_si512(m, _mm512_slli_epi32(m, 16));
     }
+  }
+  const __m512i s = _mm512_or_si512(join_halves(scale[0], scale[1]), _mm512_set1_epi16(1));
+  __m512i m;
+  if constexpr (kind == WeightKind::mxfp4) {
+    m = _mm512_sub_epi16(rounding, _mm512_mullo_epi16(s, _mm512_set1_epi16(kMxfp4Offset)));
+  } else if constexpr (symmetric) {
+    m = _mm512_sub_epi16(rounding, _mm512_slli_epi16(s, 3));
+  } else {
+    m = _mm512_add_epi16(join_halves(minimum[0], minimum[1]), rounding);
+  }
+  m = _mm512_and_si512(m, _mm512_set1_epi16(-(1 << used_bits)));
+  // s is its own inverse modulo 8; each step doubles the bits
+  const __m512i two = _mm512_set1_epi16(2);
+  __m512i x = _mm512_mullo_epi16(s, _mm512_sub_epi16(two, _mm512_mullo_epi16(s, s)));
+  x = _mm512_mullo_epi16(x, _mm512_sub_epi16(two, _mm512_mullo_epi16(s, x)));
+  const __m512i k = _mm512_mullo_epi16(m, x);
+  to.scale[0] = repeat_half<0>(s);
+  to.scale[1] = repeat_half<1>(s);
+  to.offset[0] = repeat_half<0>(k);
+  to.offset[1] = repeat_half<1>(k);
+}
+
+// Upper bytes of products: of even inputs from `even`, of odd ones from `odd`.
+NUMAGRAFT_INLINE __m512i upper_bytes(__m512i even, __m512i odd) {
+  const __m512i down = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15));
+  return _mm512_mask_shuffle_epi8(odd, 0x5555555555555555ull, even, down);
+}
+NUMAGRAFT_INLINE __m512i masked_or(__m512i value, __m512i mask, __m512i bits) { return _mm512_ternarylogic_epi32(value, mask, bits, 0xEA); }
+
+// Bytes from a line that is expanded to the one that memory is asked for: expanding paces the requests (L2-resident, 16 rows
+// take 80 ns a unit; from memory 107 at 5 KiB, 118 at 3). Asking between the tiles' products as well gains nothing.
+constexpr std::int64_t kExpansionAhead = 5120;
+NUMAGRAFT_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
+
+// A tile: 8 lines of 64 bytes to 16.
+template <WeightKind kind>
+NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const Factors& factors, std::byte* to) {
+  const __m512i lookup = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i nibbles = _mm512_set1_epi8(15);
+  const __m512i byte = _mm512_set1_epi16(255);
+  const __m512i* s = factors.scale;
+  const __m512i* k = factors.offset;
 #pragma GCC unroll 8
-    for (int row = 0; row < 8; ++row) {
-      const __m512i v = _mm512_loadu_si512(unit + t * 512 + row * 64);
-      __m512i even[2];
-      __m512i odd[2];
-      if constexpr (kind == WeightKind::mxfp4) {
-        const __m512i bytes = _mm512_set1_epi8(15);
-        const __m512i codes[2] = {_mm512_and_si512(v, bytes), _mm512_and_si512(_mm512_srli_epi16(v, 4), bytes)};
-        for (int g = 0; g < 2; ++g) {
-          const __m512i values = _mm512_shuffle_epi8(lookup, codes[g]);
-          even[g] = _mm512_srai_epi16(_mm512_slli_epi16(values, 8), 8);
-          odd[g] = _mm512_srai_epi16(values, 8);
-        }
-      } else {
-        even[0] = _mm512_and_si512(v, mask);
-        even[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-        odd[0] = _mm512_and_si512(_mm512_srli_epi16(v, 8), mask);
-        odd[1] = _mm512_srli_epi16(v, 12);
-      }
+  for (int row = 0; row < 8; ++row) {
+    const std::byte* line = from + row * 64;
+    prefetch(line + kExpansionAhead);
+    const __m512i v = _mm512_loadu_si512(line);
+    __m512i even[2];
+    __m512i odd[2];
+    if constexpr (kind == WeightKind::mxfp4) {
+      const __m512i codes[2] = {_mm512_and_si512(v, nibbles), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles)};
       for (int g = 0; g < 2; ++g) {
-        const __m512i e = _mm512_add_epi16(_mm512_mullo_epi16(even[g], factor[g]), offset[g]);
-        const __m512i o = _mm512_add_epi16(_mm512_mullo_epi16(odd[g], factor[g]), offset[g]);
-        _mm512_store_si512(to + t * 1024 + g * 512 + row * 64, _mm512_permutex2var_epi8(e, upper_bytes, o));
+        const __m512i values = _mm512_shuffle_epi8(lookup, codes[g]);
+        even[g] = masked_or(values, byte, k[g]);
+        odd[g] = _mm512_or_si512(_mm512_srli_epi16(values, 8), k[g]);
       }
+    } else {
+      even[0] = masked_or(v, nibble, k[0]);
+      even[1] = masked_or(_mm512_srli_epi16(v, 4), nibble, k[1]);
+      odd[0] = masked_or(_mm512_srli_epi16(v, 8), nibble, k[0]);
+      odd[1] = _mm512_or_si512(_mm512_srli_epi16(v, 12), k[1]);
+    }
+    for (int g = 0; g < 2; ++g) {
+      const __m512i bytes = upper_bytes(_mm512_mullo_epi16(even[g], s[g]), _mm512_mullo_epi16(odd[g], s[g]));
+      _mm512_store_si512(to + g * 512 + row * 64, bytes);
     }
   }
 }
 
-// The first block expands a chunk, some units before its tiles need them.
+// The first block expands a chunk, some units before its tiles need them. A chunk that only one block multiplies is expanded
+// into a small ring: stores that stay in L1 take half as long as those that fall out of it.
 template <WeightKind kind, bool symmetric>
-struct Expansion {
-  static constexpr std::int64_t early = 4;
-  const Layout& layout;
-  const std::byte* from;
-  std::int64_t units;
-  __m512 inverses[2];
-  std::byte* to;
-  std::int64_t done = 0;
-
-  Expansion(const Layout& l, const std::byte* weights, std::int64_t count, const float* side, std::byte* expanded)
-      : layout(l), from(weights), units(count), inverses{inverse_scales(side), inverse_scales(side + kTileColumns)}, to(expanded) {}
-  static inline __attribute__((always_inline)) void reach(Expansion& e, std::int64_t unit) {
-    const std::int64_t end = unit + early < e.units ? unit + early : e.units;
-    for (; e.done < end; ++e.done) {
-      expand_unit<kind, symmetric>(e.layout, e.from + e.done * e.layout.unit_bytes, e.inverses, e.to + e.done * 2048);
-    }
+class Expansion {
+ public:
+  Expansion(const Layout& layout, const std::byte* weights, std::int64_t units, const float* side, bool once, std::byte* to)
+      : layout_(layout),
+        from_(weights),
+        units_(units),
+        slots_(once ? kEarly + 1 : kChunkUnits),
+        inverses_{inverse_scales(side), inverse_scales(side + kTileColumns)},
+        to_(to) {
+    for (int tile = 0; tile < 2; ++tile) find_factors<kind, symmetric>(layout_, from_, tile, inverses_[tile], factors_[tile]);
   }
+  // The two tiles of a unit.
+  NUMAGRAFT_INLINE const std::byte* tiles(Expansion& e, std::int64_t unit) {
+    const std::int64_t end = unit + 1 + kEarly < e.units_ ? unit + 1 + kEarly : e.units_;
+    while (e.done_ < end) expand(e);
+    return e.to_ + unit % e.slots_ * 2 * kTileBytes;
+  }
+
+ private:
+  static constexpr std::int64_t kEarly = 4;
+
+  NUMAGRAFT_INLINE void expand(Expansion& e) {
+    const std::byte* unit = e.from_ + e.done_ * e.layout_.unit_bytes;
+    const std::byte* next = e.done_ + 1 < e.units_ ? unit + e.layout_.unit_bytes : unit;
+    std::byte* to = e.to_ + e.done_ % e.slots_ * 2 * kTileBytes;
+    for (std::int64_t line = e.layout_.data_bytes; line < e.layout_.unit_bytes; line += 64) prefetch(unit + line + kExpansionAhead);
+    for (int tile = 0; tile < 2; ++tile) {
+      expand_tile<kind>(unit + tile * kTileBytes / 2, e.factors_[tile], to + tile * kTileBytes);
+      // The other tile's lines come first: time for the long chain of operations.
+      find_factors<kind, symmetric>(e.layout_, next, tile, e.inverses_[tile], e.factors_[tile]);
+    }
+    ++e.done_;
+  }
+
+  const Layout& layout_;
+  const std::byte* from_;
+  std::int64_t units_;
+  std::int64_t slots_;
+  __m512 inverses_[2];
+  std::byte* to_;
+  std::int64_t done_ = 0;
+  Factors factors_[2];
 };
 
 template <WeightKind kind, bool symmetric, bool two>
-void rerounded_block(const RowBlock& block, std::int64_t first, std::int64_t last, Expansion<kind, symmetric>& expansion,
+void rerounded_block(const RowBlock& block, std::int64_t first, std::int64_t last, bool last_chunk, Expansion<kind, symmetric>& expansion,
                      const float* side, Ahead& ahead, float* c) {
-  const auto weights = [&](std::int64_t unit) {
-    Expansion<kind, symmetric>::reach(expansion, unit - first + 1);
-    return static_cast<const std::byte*>(expansion.to + (unit - first) * 2048);
-  };
+  const auto weights = [&](std::int64_t unit) { return Expansion<kind, symmetric>::tiles(expansion, unit - first); };
   alignas(64) std::int32_t low[kBlockRows * kPanelColumns];
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   const bool halves = multiply_halves<Multiply::by_signed, two>(block, first, last, weights, ahead, nullptr, low, high);
   const F scales[2] = {load<F>(side), load<F>(side + kLanes)};
-  for (int row = 0; row < block.rows; ++row) {
-    const F by = splat(block.scale[row]);
-    for (int t = 0; t < 2; ++t) {
-      float* to = c + row * kPanelColumns + t * kLanes;
-      I total = load<I>(low + row * kPanelColumns + t * kLanes);
-      if (halves) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
-      const F value = to_float(total) * (scales[t] * by);
-      store(to, first > 0 ? load<F>(to) + value : value);
+  const auto add = [&](auto value) {
+    for (int row = 0; row < block.rows; ++row) {
+      for (int t = 0; t < 2; ++t) {
+        float* to = c + row * kPanelColumns + t * kLanes;
+        F total = value(row * kPanelColumns + t * kLanes) * scales[t];
+        if (first > 0) total += load<F>(to);
+        store(to, last_chunk ? total * splat(block.scale[row]) : total);
+      }
     }
+  };
+  if (halves) {
+    add([&](int at) { return to_float(load<I>(low + at) + (load<I>(high + at) << 7)); });
+  } else {
+    add([&](int at) { return to_float(load<I>(low + at)); });
   }
 }
 
@@ -130,19 +208,20 @@ void gemm_rerounded(const GemmArgs& a) {
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
       const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
+      const bool last_chunk = last == layout.units;
       const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
       const float* side = panel_side(a, panel) + first / kChunkUnits * kPanelColumns;
       prefetch_scales(side + panel_side_floats(layout));
-      Expansion<kind, symmetric> expansion(layout, w, last - first, side, expanded);
       const std::int64_t steps = count_steps(a, first, last);
-      Ahead ahead(w, (last - first) * layout.unit_bytes, kChunkUnits * layout.unit_bytes,
-                  kNear + expansion.early * layout.unit_bytes, steps, steps == last - first);
+      const bool once = steps == last - first;
+      Expansion<kind, symmetric> expansion(layout, w, last - first, side, once, expanded);
+      Ahead ahead(w, 0, 0, 0, steps, true);  // the expansion asks
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
         if (a.blocks[b].stride_rows > 16) {
-          rerounded_block<kind, symmetric, true>(a.blocks[b], first, last, expansion, side, ahead, c);
+          rerounded_block<kind, symmetric, true>(a.blocks[b], first, last, last_chunk, expansion, side, ahead, c);
         } else {
-          rerounded_block<kind, symmetric, false>(a.blocks[b], first, last, expansion, side, ahead, c);
+          rerounded_block<kind, symmetric, false>(a.blocks[b], first, last, last_chunk, expansion, side, ahead, c);
         }
       }
     }
