@@ -188,21 +188,6 @@ void gather(const PackArgs& a, float* staged) {
   }
 }
 
-void gather_any(const PackArgs& a, float* staged) {
-  switch (a.source->dtype) {
-    case DType::f32:
-      return gather<DType::f32, false>(a, staged);
-    case DType::bf16:
-      return gather<DType::bf16, false>(a, staged);
-    case DType::f16:
-      return gather<DType::f16, false>(a, staged);
-    case DType::e4m3:
-      return gather<DType::e4m3, false>(a, staged);
-    case DType::e2m1:
-      return gather<DType::e2m1, false>(a, staged);
-  }
-}
-
 NUMAGRAFT_INLINE F magnitude(F x) { return (F)((I)x & 0x7FFFFFFF); }
 NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int slice) {
   return load<F>(staged + k * kPanelColumns + slice * kLanes);
@@ -231,107 +216,29 @@ void pack_bf16(const PackArgs& a, const float* staged) {
   }
 }
 
-// ---- int8: w = scale * q, q in -127..127
+// ---- int8
 
-// Calls body() with all inputs of the source staged, part by part in their order, those of other shards too: every placement then
-// finds the same scales. A matrix that is not cut along its inputs must be staged already.
-template <class Body>
-NUMAGRAFT_INLINE void over_source(const PackArgs& a, bool cut, float* staged, Body body) {
-  if (!cut) return body();
-  PackArgs part = a;
-  for (part.first_input = 0; part.first_input < a.source->columns; part.first_input += a.layout->k) {
-    gather_any(part, staged);
-    body();
+// Largest magnitude of each column over all inputs of the source, also those of other shards: every placement then has
+// the same scales.
+void widen_range(const Layout& layout, const float* staged, F (&largest)[kSlices]) {
+  for (std::int64_t k = 0; k < layout.k; ++k) {
+    for (int slice = 0; slice < kSlices; ++slice) largest[slice] = maximum(magnitude(at(staged, k, slice)), largest[slice]);
   }
 }
 
-// The four largest magnitudes of each column, in order.
-struct Largest {
-  F of[4];
-};
-NUMAGRAFT_INLINE void widen(Largest& largest, const float* staged, int slice, std::int64_t inputs) {
-  F first = largest.of[0];
-  F second = largest.of[1];
-  F third = largest.of[2];
-  F fourth = largest.of[3];
-  for (std::int64_t k = 0; k < inputs; ++k) {
-    const F m = magnitude(at(staged, k, slice));
-    const F below_first = minimum(m, first);
-    first = maximum(m, first);
-    const F below_second = minimum(below_first, second);
-    second = maximum(below_first, second);
-    const F below_third = minimum(below_second, third);
-    third = maximum(below_second, third);
-    fourth = maximum(below_third, fourth);
-  }
-  largest = {first, second, third, fourth};
-}
-
-// The reach c that makes the squared error least, if what lies beyond is clipped and the rest is rounded to c / 127 with an
-// error spread evenly over a step: inputs * c^2 / (12 * 127^2) + sum over the clipped of (m - c)^2. Its derivative is zero at
-// c = sum of the j clipped / (j + inputs / (12 * 127^2)) for the j whose neighbours lie on either side of c; the largest
-// magnitude itself where more than three would be clipped.
-NUMAGRAFT_INLINE F best_reach(const Largest& largest, std::int64_t inputs) {
-  const float share = static_cast<float>(inputs) / (12.0f * 127.0f * 127.0f);
-  F reach = largest.of[0];
-  I found = {};
-  F sum = {};
-  for (int j = 1; j <= 3; ++j) {
-    sum += largest.of[j - 1];
-    const F c = sum * splat(1.0f / (static_cast<float>(j) + share));
-    const I here = (c >= largest.of[j]) & ~found;
-    reach = select(here, c, reach);
-    found |= here;
-  }
-  return reach;
-}
-
-NUMAGRAFT_INLINE F int8_value(F w, F inverse) { return maximum(splat(-127.0f), minimum(splat(127.0f), w * inverse)); }
-
-constexpr std::int64_t kGridInputs = kUnitInputs;  // what every shard of a matrix holds at least
-
-// Whether weights lie on the grid of that scale: their rounding leaves less than a quarter of what it leaves on average.
-NUMAGRAFT_INLINE I on_grid(const float* staged, int slice, std::int64_t inputs, F scale) {
-  const F inverse = reciprocal_or_zero(scale);
-  F error = {};
-  for (std::int64_t k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, slice);
-    const F d = w - to_float(round_to_int(int8_value(w, inverse))) * scale;
-    error += d * d;
-  }
-  return error < scale * scale * splat(0.25f / 12.0f * static_cast<float>(inputs));
-}
-
-// The scale is that of the best reach, or of the largest magnitude where the source's first inputs lie on that grid already.
-void pack_int8(const PackArgs& a, float* staged) {
-  const Layout& layout = *a.layout;
-  const bool cut = layout.k < a.source->columns || a.first_input != 0;
-  if (!cut) gather_any(a, staged);
-  Largest largest[kSlices] = {};
-  over_source(a, cut, staged, [&] {
-    for (int slice = 0; slice < kSlices; ++slice) widen(largest[slice], staged, slice, layout.k);
-  });
-  if (cut) {
-    PackArgs front = a;
-    front.first_input = 0;
-    gather_any(front, staged);
-  }
-  I exact[kSlices];
-  const std::int64_t seen = layout.k < kGridInputs ? layout.k : kGridInputs;
-  for (int slice = 0; slice < kSlices; ++slice) exact[slice] = on_grid(staged, slice, seen, largest[slice].of[0] * splat(1.0f / 127.0f));
-  if (cut) gather_any(a, staged);
+void pack_int8(const PackArgs& a, const float* staged, const F (&range)[kSlices]) {
   for (int slice = 0; slice < kSlices; ++slice) {
-    const F reach = select(exact[slice], largest[slice].of[0], best_reach(largest[slice], a.source->columns));
-    const F scale = reach * splat(1.0f / 127.0f);
+    const F largest = range[slice];
+    const F scale = largest * splat(1.0f / 127.0f);
     const F inverse = reciprocal_or_zero(scale);
     store(a.side + slice * kLanes, scale);
-    for (std::int64_t unit = 0; unit < layout.units; ++unit) {
-      std::byte* to = a.panel + unit * layout.unit_bytes + slice_offset(slice, 1024, 4);
+    for (std::int64_t unit = 0; unit < a.layout->units; ++unit) {
+      std::byte* to = a.panel + unit * a.layout->unit_bytes + slice_offset(slice, 1024, 4);
       for (int row = 0; row < 16; ++row, to += 64) {
         I bytes = {};
         for (int i = 0; i < 4; ++i) {
           const F w = at(staged, unit * kUnitInputs + row * 4 + i, slice);
-          bytes |= (round_to_int(int8_value(w, inverse)) + kInt8Offset) << (8 * i);
+          bytes |= (clamp(round_to_int(w * inverse), -127, 127) + kInt8Offset) << (8 * i);
         }
         store(to, bytes);
       }
@@ -641,6 +548,25 @@ void pack_fp8(const PackArgs& a, const float* staged) {
 
 }  // namespace
 
+namespace {
+
+void gather_any(const PackArgs& a, float* staged) {
+  switch (a.source->dtype) {
+    case DType::f32:
+      return gather<DType::f32, false>(a, staged);
+    case DType::bf16:
+      return gather<DType::bf16, false>(a, staged);
+    case DType::f16:
+      return gather<DType::f16, false>(a, staged);
+    case DType::e4m3:
+      return gather<DType::e4m3, false>(a, staged);
+    case DType::e2m1:
+      return gather<DType::e2m1, false>(a, staged);
+  }
+}
+
+}  // namespace
+
 void pack(const PackArgs& a) {
   auto* staged = reinterpret_cast<float*>(a.staged);
   if (a.layout->kind == WeightKind::fp8 && a.source->dtype == DType::e4m3) {
@@ -651,13 +577,22 @@ void pack(const PackArgs& a) {
     gather<DType::e2m1, true>(a, staged);
     return pack_mxfp4<true>(a, staged);
   }
-  if (a.layout->kind == WeightKind::int8) return pack_int8(a, staged);
+  F range[kSlices] = {};
+  if (a.layout->kind == WeightKind::int8) {
+    PackArgs other = a;
+    for (other.first_input = 0; other.first_input < a.source->columns; other.first_input += a.layout->k) {
+      if (other.first_input == a.first_input && a.layout->k >= a.source->columns) break;  // there is no other shard
+      gather_any(other, staged);
+      widen_range(*a.layout, staged, range);
+    }
+  }
   gather_any(a, staged);
   switch (a.layout->kind) {
     case WeightKind::bf16:
       return pack_bf16(a, staged);
     case WeightKind::int8:
-      return;
+      widen_range(*a.layout, staged, range);
+      return pack_int8(a, staged, range);
     case WeightKind::int4:
       return pack_int4(a, staged);
     case WeightKind::fp8:

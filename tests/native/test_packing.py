@@ -78,21 +78,9 @@ def test_weights_on_a_grid_are_kept():
 def test_int8_weights_on_a_grid_are_kept():
     rng = np.random.default_rng(2)
     steps = np.round(rng.standard_normal((32, 4096)) * 20).clip(-120, 120)
-    steps[:, 7] = 127  # alone up there: clipping it would cost little, if the rest were not exact
+    steps[:, 7] = 127
     weight = (steps * 2.0 ** rng.integers(-8, -2, (32, 1))).astype(np.float32)
     assert np.array_equal(unpacked(packed(weight, WeightFormat("int8")), weight.shape), weight)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_int8_clips_where_that_has_the_smaller_error(isa):
-    weight = np.random.default_rng(3).standard_normal((40, 14336)).astype(np.float32)
-    widest = np.abs(weight).max(axis=1, keepdims=True)
-    unclipped = np.round(weight / widest * 127) * (widest / 127)
-    found = unpacked(packed(weight, WeightFormat("int8"), isa=isa), weight.shape)
-    assert error(found, weight) < 0.98 * error(unclipped, weight)
-    row_errors = np.linalg.norm(found - weight, axis=1) / np.linalg.norm(unclipped - weight, axis=1)
-    assert (row_errors <= 1.0001).all()
-    assert (np.abs(found).max(axis=1) < widest[:, 0]).any()
 
 
 def test_mxfp4_keeps_values_of_its_own():
