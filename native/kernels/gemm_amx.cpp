@@ -41,6 +41,12 @@ void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, st
   }
 }
 
+// From a chunk of a panel to the one that follows it: in the panel, or the next panel's first.
+NUMAGRAFT_INLINE std::int64_t chunk_behind(const GemmArgs& a, std::int64_t first, std::int64_t last) {
+  return last < a.last_unit ? (last - first) * a.layout->unit_bytes
+                            : a.layout->panel_bytes - (first - a.first_unit) * a.layout->unit_bytes;
+}
+
 // Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Chunks that several blocks read
 // leave L1 room for the block's inputs; where weights are read once, the panel is one chunk and its sums stay in the tiles.
 template <class Body>
@@ -63,7 +69,7 @@ void gemm_int8(const GemmArgs& a) {
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
     const std::int64_t steps = count_steps(a, first, last);
     if (first == a.first_unit) prefetch_scales(panel_side(a, panel));
-    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, bytes, kNear, steps, once);
+    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, chunk_behind(a, first, last), kNear, steps, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
       if (a.blocks[b].stride_rows > 16) {
         int8_block<true>(a, panel, a.blocks[b], first, last, ahead, c);
@@ -141,7 +147,7 @@ void gemm_bf16(const GemmArgs& a) {
       weights = expanded;
     }
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
-    Ahead ahead(stream, bytes, bytes, kNear, 2 * (last - first) * a.block_count, once);
+    Ahead ahead(stream, bytes, chunk_behind(a, first, last), kNear, 2 * (last - first) * a.block_count, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
       if (a.blocks[b].stride_rows > 16) {
         bf16_block<true>(weights, a.blocks[b], first, last, ahead, c);

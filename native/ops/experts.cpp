@@ -20,12 +20,38 @@ constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
 constexpr std::int64_t kChunksPerWorker = 4;      // of the other stages, where nodes take from each other
 constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
 constexpr std::int64_t kMostGatheredRows = 256;
-constexpr std::int64_t kResultBytes = 128 << 10;  // of one multiplication
-constexpr std::int64_t kSumBytes = 1 << 20;       // fp32 sums that stay in L2 while a worker goes over the experts
+constexpr std::int64_t kResultBytes = 256 << 10;  // of one multiplication
+constexpr std::int64_t kSumBytes = 4 << 20;       // fp32 sums of a pass over the experts; with each pass the inner rows come from L3
+// The same where inputs are taken in pieces: a piece comes from L3 again for every group of panels.
+constexpr std::int64_t kResultBytesInPieces = 512 << 10;
+constexpr std::int64_t kSumBytesInPieces = 8 << 20;
 constexpr std::int64_t kSlabTokens = 2048;
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 std::string shape_of(std::int64_t rows, std::int64_t columns) { return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]"; }
+
+// Rows that a multiplication takes together, so that it reads weights once, and how much of their inputs at a time, so that
+// these stay in L2.
+struct Pieces {
+  std::int64_t blocks = 1;
+  std::int64_t units = 0;
+  bool whole = true;
+  std::int64_t result_bytes() const { return whole ? kResultBytes : kResultBytesInPieces; }
+  std::int64_t sum_bytes() const { return whole ? kSumBytes : kSumBytesInPieces; }
+};
+// `block_bytes`: of a full block's inputs over k.
+Pieces pieces_of(std::int64_t k, std::int64_t most_rows, std::size_t block_bytes) {
+  Pieces pieces;
+  const std::int64_t units = (k + kUnitInputs - 1) / kUnitInputs;
+  pieces.blocks = std::clamp<std::int64_t>((most_rows + kBlockRows - 1) / kBlockRows, 1, kMostGatheredRows / kBlockRows);
+  const std::int64_t rows = std::min(most_rows, kMostGatheredRows);
+  const std::int64_t unit_bytes = std::max<std::int64_t>(rows * static_cast<std::int64_t>(block_bytes) / (kBlockRows * units), 1);
+  constexpr std::int64_t chunk = kChunkInputs / kUnitInputs;
+  pieces.units = std::max<std::int64_t>(kGatheredBytes / unit_bytes / chunk, 1) * chunk;
+  pieces.whole = pieces.units >= units;
+  if (pieces.whole) pieces.units = units;
+  return pieces;
+}
 
 // Rounding the inputs costs gate and up about the same, so their product 1.4 times as much. Inputs whose largest is below
 // 4.6 times their typical size keep one half: those of a normal distribution. Tiles that re-round int4 add their own error.
@@ -79,6 +105,7 @@ struct ExpertsWeights::Seat {
   std::byte* inputs = nullptr;  // prepared tokens of the work
   std::byte* gathered = nullptr;
   std::int64_t gathered_rows = 0;
+  Pieces pieces;  // of gathered rows
   float* c = nullptr;
   float* sums = nullptr;
   std::vector<RowBlock> blocks;
@@ -207,17 +234,17 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       std::vector<Seat> seats;
       std::size_t bytes = 0;
       std::int64_t most_gathered = 0;
-      const auto block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).low_block_bytes());
+      const std::size_t block_bytes = RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).low_block_bytes();
       for (const Role& role : roster.roles(worker)) {
         Seat seat;
         seat.role = role;
         seat.work = call.works_of_shard[static_cast<std::size_t>(role.shard)][call.split_replicas ? static_cast<std::size_t>(role.replica) : 0];
         seat.rank = call.split_replicas ? role.replica_rank : role.rank;
         seat.size = call.split_replicas ? role.replica_size : role.size;
-        const std::int64_t fit = std::max<std::int64_t>(kGatheredBytes / block_bytes, 1) * kBlockRows;
         std::int64_t most_rows = seat.work->routing->most_rows;
         for (const Work& work : call.works) most_rows = call.in_chunks ? std::max(most_rows, work.routing->most_rows) : most_rows;
-        seat.gathered_rows = std::min({fit, kMostGatheredRows, most_rows});
+        seat.gathered_rows = std::min(kMostGatheredRows, most_rows);
+        seat.pieces = pieces_of(shape_.hidden, most_rows, block_bytes);
         most_gathered = std::max(most_gathered, seat.gathered_rows);
         seats.push_back(std::move(seat));
       }
@@ -226,8 +253,8 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       const std::size_t inputs_bytes = call.self_prepared ? whole_lines(own_inputs.bytes()) : 0;
       const std::size_t gathered_bytes = whole_lines(RowSet(*kernels_, format_.kind, shape_.hidden, most_gathered).bytes());
       const std::size_t row_bytes = whole_lines(static_cast<std::size_t>(shape_.hidden) * sizeof(float));
-      const std::size_t c_bytes = kResultBytes + static_cast<std::size_t>(2 * kMostGatheredRows * kPanelColumns) * sizeof(float);
-      const std::size_t sums_bytes = kSumBytes + static_cast<std::size_t>(tokens * kPanelColumns) * sizeof(float);
+      const std::size_t c_bytes = kResultBytesInPieces + static_cast<std::size_t>(2 * kMostGatheredRows * kPanelColumns) * sizeof(float);
+      const std::size_t sums_bytes = kSumBytesInPieces + static_cast<std::size_t>(tokens * kPanelColumns) * sizeof(float);
       bytes = inputs_bytes + gathered_bytes + row_bytes + c_bytes + sums_bytes;
       std::byte* scratch = runtime_->scratch(worker, bytes);
       for (Seat& seat : seats) {
@@ -353,10 +380,11 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
       for (std::int64_t b = 0; b < gathered.blocks(); ++b) seat.blocks.push_back(gathered.block(seat.gathered, b));
     }
     const std::int64_t panel_stride = gathered.padded_rows() * kPanelColumns;
-    const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (2 * panel_stride * 4), 1, pairs.end - pairs.begin);
+    const std::int64_t together = std::clamp<std::int64_t>(seat.pieces.result_bytes() / (2 * panel_stride * 4), 1, pairs.end - pairs.begin);
     for (std::int64_t pair = pairs.begin; pair < pairs.end; pair += together) {
       const std::int64_t count = std::min(together, pairs.end - pair);
-      multiply_panels(*kernels_, weights, 2 * pair, 2 * count, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()), seat.c, panel_stride);
+      multiply_panels_in_pieces(*kernels_, weights, 2 * pair, 2 * count, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()),
+                                seat.pieces.units, seat.c, panel_stride);
       for (std::int64_t i = 0; i < count; ++i) {
         GateArgs args{};
         args.gate = seat.c + 2 * i * panel_stride;
@@ -390,9 +418,10 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
   const std::int64_t tokens = work.tokens.end - work.tokens.begin;
   if (tokens == 0) return;
   const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
-  const std::int64_t chunk = std::max<std::int64_t>(kSumBytes / (tokens * kPanelColumns * 4), 1);
-  const std::int64_t block_bytes = static_cast<std::int64_t>(RowSet(*kernels_, format_.kind, place.frame, kBlockRows).bytes());
-  const std::int64_t blocks_together = std::clamp<std::int64_t>(kGatheredBytes / block_bytes, 1, kMostGatheredRows / kBlockRows);
+  // Most units of the inner rows have a high half.
+  const Pieces pieces = pieces_of(place.frame, work.routing->most_rows, RowSet(*kernels_, format_.kind, place.frame, kBlockRows).bytes());
+  const std::int64_t chunk = std::max<std::int64_t>(pieces.sum_bytes() / (tokens * kPanelColumns * 4), 1);
+  const std::int64_t blocks_together = pieces.blocks;
   for (std::int64_t first = mine.begin; first < mine.end; first += chunk) {
     const std::int64_t panels = std::min(chunk, mine.end - first);
     const std::int64_t width = panels * kPanelColumns;
@@ -409,10 +438,11 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
           count += seat.blocks.back().rows;
         }
         const std::int64_t panel_stride = ((seat.blocks.size() - 1) * kBlockRows + seat.blocks.back().stride_rows) * kPanelColumns;
-        const std::int64_t together = std::clamp<std::int64_t>(kResultBytes / (panel_stride * 4), 1, panels);
+        const std::int64_t together = std::clamp<std::int64_t>(pieces.result_bytes() / (panel_stride * 4), 1, panels);
         for (std::int64_t panel = 0; panel < panels; panel += together) {
           const std::int64_t now = std::min(together, panels - panel);
-          multiply_panels(*kernels_, weights, first + panel, now, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()), seat.c, panel_stride);
+          multiply_panels_in_pieces(*kernels_, weights, first + panel, now, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()),
+                                    pieces.units, seat.c, panel_stride);
           for (std::int64_t i = 0; i < now; ++i) {
             AccumulateArgs args{};
             args.c = seat.c + i * panel_stride;

@@ -86,18 +86,26 @@ void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int
 
 void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
                      const RowBlock* blocks, std::int64_t block_count, float* c, std::int64_t c_panel_stride) {
+  multiply_panels_in_pieces(kernels, matrix, panel, count, blocks, block_count, matrix.layout().units, c, c_panel_stride);
+}
+
+void multiply_panels_in_pieces(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
+                               const RowBlock* blocks, std::int64_t block_count, std::int64_t units_together, float* c,
+                               std::int64_t c_panel_stride) {
   GemmArgs args{};
   args.layout = &matrix.layout();
   args.panel = matrix.panel(panel);
   args.side = matrix.side(panel);
   args.panels = count;
-  args.first_unit = 0;
-  args.last_unit = matrix.layout().units;
   args.blocks = blocks;
   args.block_count = static_cast<int>(block_count);
   args.c = c;
   args.c_panel_stride = c_panel_stride;
-  kernels.gemm(args);
+  const std::int64_t units = matrix.layout().units;
+  for (args.first_unit = 0; args.first_unit < units; args.first_unit = args.last_unit) {
+    args.last_unit = std::min(args.first_unit + units_together, units);
+    kernels.gemm(args);
+  }
 }
 
 const float* RowUnpacker::row(const PackedMatrix& matrix, std::int64_t row) {

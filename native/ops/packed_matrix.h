@@ -50,6 +50,10 @@ static inline std::size_t pack_scratch_bytes(const Layout& layout, const WeightS
 // Products of prepared rows with panels [panel, panel + count) into c[panel][row][32].
 void multiply_panels(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
                      const RowBlock* blocks, std::int64_t block_count, float* c, std::int64_t c_panel_stride);
+// The same where the rows' inputs are more than L2 holds: all panels over `units_together` units (whole chunks) at a time.
+void multiply_panels_in_pieces(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, std::int64_t count,
+                               const RowBlock* blocks, std::int64_t block_count, std::int64_t units_together, float* c,
+                               std::int64_t c_panel_stride);
 
 // Rows of packed matrices as fp32. A panel is dequantised once and kept while rows of it are asked for.
 class RowUnpacker {

@@ -98,6 +98,22 @@ def test_every_row_is_near_fp32(isa, format, tokens):
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize(("hidden", "intermediate"), [(70, 15000), (15000, 70)])
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_beyond_the_cache_are_taken_in_pieces(isa, format, hidden, intermediate):
+    mixture = Mixture(1, hidden, intermediate, format, isa=isa, threads=2)
+    x = np.random.default_rng(5).standard_normal((70, hidden)).astype(np.float32)
+    ids, weights = routed(70, 1, 1)
+    bar = EXPERTS_BAR[format.kind]
+    found, expected = mixture(x, ids, weights), mixture.expected(x, ids, weights)
+    assert error(found, expected) <= bar, describe_worst(found, expected)
+    for name in ("gate", "up") if hidden > intermediate else ("down",):  # control: a chunk left out would be seen
+        mixture.dequantised[name][:, :, -512:] = 0
+    assert error(found, mixture.expected(x, ids, weights)) > bar
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.kind)
 @pytest.mark.parametrize("isa", ISAS)
