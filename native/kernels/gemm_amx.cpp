@@ -12,6 +12,15 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+constexpr std::int64_t kFewHighUnits = 3;  // one in so many
+
+// The units whose high halves go with low ones [first, last) of the block. Where few have one, all of them go with the last,
+// and find their weights in L2: joining sums once a panel costs less than once a chunk.
+NUMAGRAFT_INLINE Units high_units_of(const RowBlock& block, std::int64_t units, std::int64_t first, std::int64_t last) {
+  if (block.stride_rows <= 16 || count_flagged(block, 0, units) * kFewHighUnits > units) return {first, last};
+  return last < units ? Units{0, 0} : Units{0, units};
+}
+
 template <bool two>
 void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead,
                 float* c) {
@@ -19,7 +28,9 @@ void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, st
   const std::byte* w = a.panel + panel * layout.panel_bytes;
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   const auto weights = [&](std::int64_t unit) { return w + unit * layout.unit_bytes; };
-  const bool halves = multiply_halves<Multiply::by_unsigned, two>(block, first, last, weights, ahead, first > 0 ? c : nullptr, c, high);
+  const Units high_units = high_units_of(block, layout.units, first, last);
+  const bool halves =
+      multiply_halves<Multiply::by_unsigned, two>(block, first, last, high_units, weights, ahead, first > 0 ? c : nullptr, c, high);
   if (last < layout.units) {
     if (!halves) return;
     for (int line = 0; line < block.rows * 2; ++line) {
@@ -67,7 +78,12 @@ void gemm_int8(const GemmArgs& a) {
   const bool once = count_steps(a, a.first_unit, a.last_unit) == units;
   for_chunks(a, once ? units : kChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
-    const std::int64_t steps = count_steps(a, first, last);
+    std::int64_t steps = (last - first) * a.block_count;
+    for (int b = 0; !once && b < a.block_count; ++b) {
+      if (a.blocks[b].stride_rows <= 16) continue;
+      const Units high_units = high_units_of(a.blocks[b], layout.units, first, last);
+      steps += count_flagged(a.blocks[b], high_units.first, high_units.last);
+    }
     if (first == a.first_unit) prefetch_scales(panel_side(a, panel));
     Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, chunk_behind(a, first, last), kNear, steps, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {

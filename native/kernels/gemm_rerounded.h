@@ -181,7 +181,7 @@ void rerounded_block(const RowBlock& block, std::int64_t first, std::int64_t las
   const auto weights = [&](std::int64_t unit) { return Expansion<kind, symmetric>::tiles(expansion, unit - first); };
   alignas(64) std::int32_t low[kBlockRows * kPanelColumns];
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
-  const bool halves = multiply_halves<Multiply::by_signed, two>(block, first, last, weights, ahead, nullptr, low, high);
+  const bool halves = multiply_halves<Multiply::by_signed, two>(block, first, last, {first, last}, weights, ahead, nullptr, low, high);
   const F scales[2] = {load<F>(side), load<F>(side + kLanes)};
   const auto add = [&](auto value) {
     for (int row = 0; row < block.rows; ++row) {

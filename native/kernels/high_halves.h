@@ -25,19 +25,25 @@ std::int64_t count_steps(const GemmArgs& a, std::int64_t first, std::int64_t las
   return steps;
 }
 
+struct Units {
+  std::int64_t first;
+  std::int64_t last;
+};
+
 // The products of a block with units [first, last) of a panel: those of the low halves, added to what is `resumed` (null:
 // nothing), in `low`; those of the high ones, to be added 128 times, in `high`. Returns whether there are any of these.
+// Blocks of two row tiles may take the high halves of other units, `high_units`, than the low ones.
 // `weights(unit)` is where a unit's two tiles lie. Sums of halves meet where results are visited anyway: meeting in tile
 // registers would drain them.
 template <Multiply how, bool two, class Weights>
-NUMAGRAFT_INLINE bool multiply_halves(const RowBlock& block, std::int64_t first, std::int64_t last, Weights weights, Ahead& ahead,
-                                      const void* resumed, void* low, std::int32_t* high) {
+NUMAGRAFT_INLINE bool multiply_halves(const RowBlock& block, std::int64_t first, std::int64_t last, Units high_units, Weights weights,
+                                      Ahead& ahead, const void* resumed, void* low, std::int32_t* high) {
   const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  const bool any = count_flagged(block, first, last) > 0;
+  const bool any = count_flagged(block, high_units.first, high_units.last) > 0;
   if constexpr (two) {
     if (any) {
       clear_results<true>();
-      for (std::int64_t unit = first; unit < last; ++unit) {
+      for (std::int64_t unit = high_units.first; unit < high_units.last; ++unit) {
         if (!flagged(block, unit)) continue;
         const std::byte* inputs = block.high + unit * step_bytes;
         step<how, true>(inputs, inputs + kTileBytes, kUnitInputs, weights(unit), ahead);

@@ -68,11 +68,13 @@ def test_every_row_is_near_fp32_and_scalar(isa, format, tokens):
     assert error(found, reference) <= LINEAR_BAR[format.kind] * 1.5, describe_worst(found, reference)
 
 
+@pytest.mark.parametrize(("tokens", "in_features"), [(20, 300), (70, 1700)])
 @pytest.mark.parametrize("format", [f for f in FORMATS if f.kind == "int8"], ids=name_of)
-def test_integer_rows_agree_exactly_but_for_the_last_rounding(format):
-    x = np.random.default_rng(0).standard_normal((20, 300)).astype(np.float32)
+def test_integer_rows_agree_exactly_but_for_the_last_rounding(format, tokens, in_features):
+    x = np.random.default_rng(0).standard_normal((tokens, in_features)).astype(np.float32)
     x[:, 7] *= 40  # so that the high halves are at work
-    outputs = [Layer(50, 300, format, isa=isa)(x) for isa in ISAS]
+    x[5, ::90] *= 40  # here in most units, so that blocks differ
+    outputs = [Layer(50, in_features, format, isa=isa)(x) for isa in ISAS]
     for isa, output in zip(ISAS, outputs, strict=True):
         assert error(output, outputs[-1]) <= 1e-6, (isa, describe_worst(output, outputs[-1]))
 
