@@ -41,6 +41,7 @@ struct PrepareArgs {
   std::int64_t units;
   RowForm form;
   float target_error;
+  float normal_error;           // the same where the row is normally distributed, if larger
   std::byte* low;
   std::byte* high;              // halves and bf16_f16
   std::int64_t unit_stride;     // elements between units of low (and high)
@@ -128,6 +129,7 @@ struct PackArgs {
   float* side;                  // of the panel
   std::int64_t side_stride;     // floats between its rows
   std::byte* staged;
+  double* power;                // int4 and mxfp4: the packed weights' squares are added to it; null: not wanted
 };
 
 struct KernelTable {

@@ -363,6 +363,7 @@ void pack_int4(const PackArgs& a, const float* staged) {
   const bool symmetric = layout.symmetric;
   F largest[kSlices] = {};
   Grid grids[kSlices] = {};
+  F power = {};
   for (std::int64_t unit = 0; unit < layout.units; ++unit) {
     std::byte* data = a.panel + unit * layout.unit_bytes;
     auto* scales = reinterpret_cast<std::uint16_t*>(data + layout.data_bytes);
@@ -393,7 +394,10 @@ void pack_int4(const PackArgs& a, const float* staged) {
           const F w = at(inputs, k, slice);
           const I q = round_to_int(minimum(maximum(w * inverse + offset, F{}), splat(15.0f)));
           nibbles[k] = q;
-          if (first + k - begin < layout.k) largest[slice] = maximum(magnitude(grid.scale * to_float(q) + grid.minimum), largest[slice]);
+          if (first + k - begin >= layout.k) continue;
+          const F value = grid.scale * to_float(q) + grid.minimum;
+          largest[slice] = maximum(magnitude(value), largest[slice]);
+          power += value * value;
         }
       }
       std::byte* to = data + slice_offset(slice, 512, 4);
@@ -411,6 +415,7 @@ void pack_int4(const PackArgs& a, const float* staged) {
       }
     }
   }
+  if (a.power != nullptr) *a.power += sum_lanes(power);
 }
 
 // ---- mxfp4: w = value(code) * 2^(e - 127), codes sign | 0, .5, 1, 1.5, 2, 3, 4, 6
@@ -453,6 +458,7 @@ template <bool coded>
 void pack_mxfp4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   F largest[kSlices] = {};
+  F power = {};
   for (std::int64_t unit = 0; unit < layout.units; ++unit) {
     std::byte* data = a.panel + unit * layout.unit_bytes;
     auto* exponents = reinterpret_cast<std::uint8_t*>(data + layout.data_bytes);
@@ -473,7 +479,9 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
         const F inverse = splat(1.0f) / scale;
         for (int k = group * 32; k < group * 32 + 32; ++k) {
           nibbles[k] = coded ? (I)at(inputs, k, slice) : mxfp4_code(at(inputs, k, slice) * inverse);
-          largest[slice] = maximum(magnitude(e2m1_value(nibbles[k]) * scale), largest[slice]);
+          const F value = e2m1_value(nibbles[k]) * scale;
+          largest[slice] = maximum(magnitude(value), largest[slice]);
+          power += value * value;
         }
       }
       std::byte* to = data + slice_offset(slice, 512, 4);
@@ -489,6 +497,7 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
       }
     }
   }
+  if (a.power != nullptr) *a.power += sum_lanes(power);
 }
 
 // ---- fp8 (e4m3): one scale per 128 inputs and, packed from floats, per panel

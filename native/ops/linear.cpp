@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 
 #include "ops/chunk_queue.h"
 #include "system/error.h"
@@ -15,6 +16,10 @@ constexpr std::int64_t kSplitReplicaRows = 64;   // from here replicas split the
 constexpr std::int64_t kSplitRows = 384;         // from here workers split the rows instead of the columns
 constexpr std::int64_t kPreparedBytes = 1 << 20; // prepared rows that a worker keeps in its L2 while it goes over the panels
 constexpr float kFewHighHalves = 0.005f;         // input error from which high halves are few
+constexpr float kLinearError = 0.0117f;          // of the output, all roundings together
+constexpr float kBf16Output = 0.0017f;           // its last one
+constexpr float kLightRerounding = 0.0085f;      // normally distributed weights: 0.0074
+constexpr float kRerounding = 0.0002f;
 constexpr std::int64_t kSlabBytes = 64 << 20;    // prepared rows of one slab of a call
 constexpr std::int64_t kChunksPerWorker = 4;     // of a queue: what the last to finish keep the others waiting is a quarter of it
 
@@ -23,10 +28,15 @@ std::string shape_of(const MatrixView& m) { return "[" + std::to_string(m.rows) 
 }  // namespace
 
 // Held to 1.2 % of the output on the real model's layers, the worst of which raises errors by half. Tiles re-round int4
-// weights to 8 bits, which takes 1.1 % there already: inputs must then cost next to nothing.
-float linear_input_error(const WeightFormat& format, bool rerounded) {
-  if (format.activations == Activations::bf16) return 0.0f;
-  return rerounded ? 0.0010f : 0.0090f;
+// weights to 8 bits, which takes 1.1 % there already: inputs must then cost next to nothing. Where neither the weights nor a
+// row have values that stand out, errors add up as those of independent numbers do: the row may take what is left of 1.17 %.
+InputErrors linear_input_errors(const WeightFormat& format, bool rerounded, float rerounding) {
+  if (format.activations == Activations::bf16) return {};
+  if (!rerounded) return {0.0090f, 0};
+  if (!(rerounding > 0) || rerounding > kLightRerounding) return {0.0010f, 0};
+  // in steps, so that no placement's order of summation decides
+  const float cost = std::ceil(rerounding / kRerounding) * kRerounding;
+  return {0.0010f, std::sqrt(kLinearError * kLinearError - kBf16Output * kBf16Output - cost * cost)};
 }
 
 // One slab of rows of one forward.
@@ -37,7 +47,7 @@ struct LinearWeights::Call {
   std::int64_t rows = 0;
   bool split_replicas = false;
   bool split_rows = false;
-  float error = 0;
+  InputErrors errors;
 
   // Rows of the slab that the role's replica computes; whole blocks.
   Range replica_rows(const Role& role) const {
@@ -87,7 +97,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
     call.split_rows = call.rows >= kSplitRows;
     const bool in_groups = format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4;
     const bool rerounded = kernels_->reround_rows_from > 0 && call.rows >= kernels_->reround_rows_from;
-    call.error = linear_input_error(format_, in_groups && rerounded);
+    call.errors = linear_input_errors(format_, in_groups && rerounded, rerounding_);
     if (several_mirrors && call.split_replicas) {
       compute_in_chunks(call, roster, *lease);
       continue;
@@ -199,7 +209,7 @@ void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepar
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
     DType dtype;
     const void* x = contiguous_row(call.x, call.first + row, scratch, dtype);
-    all.prepare(prepared, row, x, dtype, call.error);
+    all.prepare(prepared, row, x, dtype, call.errors.any, call.errors.normal);
   }
 }
 
@@ -208,7 +218,8 @@ std::int64_t LinearWeights::blocks_together() const {
   const RowSet block(*kernels_, format_.kind, in_features_, kBlockRows);
   const bool rerounds = kernels_->reround_rows_from > 0 && (format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4);
   // Inputs that keep 15 bits have a high half in nearly every unit.
-  const bool halves = linear_input_error(format_, rerounds) < kFewHighHalves;
+  const InputErrors errors = linear_input_errors(format_, rerounds, rerounding_);
+  const bool halves = std::max(errors.any, errors.normal) < kFewHighHalves;
   const auto block_bytes = static_cast<std::int64_t>(block.low_block_bytes()) * (halves ? 2 : 1);
   return std::max<std::int64_t>(kPreparedBytes / block_bytes, 2);
 }
@@ -247,7 +258,7 @@ void LinearWeights::multiply_blocks(const Call& call, const Worker& worker, int 
     for (std::int64_t row = 0; row < call.rows; ++row) {
       DType dtype;
       const void* x = contiguous_row(call.x, call.first + row, prepared + own_bytes, dtype);
-      all.prepare(prepared, row, x, dtype, call.error);
+      all.prepare(prepared, row, x, dtype, call.errors.any, call.errors.normal);
     }
   }
 

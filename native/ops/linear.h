@@ -58,6 +58,7 @@ class LinearWeights {
   void compute(const MatrixView& x, const MatrixView& out, const Roster& roster, const Runtime::Lease* lease);
   void compute_in_chunks(const Call& call, const Roster& roster, const Runtime::Lease& lease);
   void prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const;
+  void measure_rerounding();
   std::int64_t blocks_together() const;
   void multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader);
   void multiply_blocks(const Call& call, const Worker& worker, int part, Range blocks, Range panels, std::byte* prepared, Reader& reader);
@@ -75,6 +76,8 @@ class LinearWeights {
   std::vector<Buffer> buffers_;
   std::vector<bool> row_loaded_;
   std::int64_t rows_loaded_ = 0;
+  double weight_power_ = 0;  // int4 and mxfp4: the sum of all weights' squares
+  float rerounding_ = 0;     // and what rounding them to int8 costs of the output; 0: not known, or nothing
   bool bias_loaded_ = false;
   // Rows of panels that are not complete yet, as fp32, by (shard, panel).
   std::unordered_map<std::int64_t, std::vector<float>> pending_;
@@ -85,8 +88,12 @@ class LinearWeights {
 std::int64_t linear_packed_bytes(std::int64_t out_features, std::int64_t in_features, const WeightFormat& format, bool has_bias,
                                  const Part& part);
 
-// What rounding the inputs may cost, as a share of their typical size (docs/kernels.md derives the figures); `rerounded`:
-// the kernel rounds the weights as well.
-float linear_input_error(const WeightFormat& format, bool rerounded);
+// What rounding the inputs may cost, as a share of their typical size (docs/kernels.md derives the figures).
+struct InputErrors {
+  float any = 0;
+  float normal = 0;  // of rows that are normally distributed, if larger
+};
+// `rerounded`: the kernel rounds the weights as well, which costs the share `rerounding` of the output (0: not known).
+InputErrors linear_input_errors(const WeightFormat& format, bool rerounded, float rerounding);
 
 }  // namespace numagraft

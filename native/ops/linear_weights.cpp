@@ -2,6 +2,8 @@
 #include "ops/linear.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
 #include <utility>
 
 #include "system/error.h"
@@ -138,29 +140,45 @@ void LinearWeights::load_weight(const WeightSource& source, std::int64_t first_r
       }
     }
   }
+  std::atomic<double> power{0};
   runtime_->run(teams_.nodes(), [&](const Worker& worker, Barriers&) {
     for (const Role& role : teams_.roles(worker)) {
       const auto s = static_cast<std::size_t>(role.shard);
       const Shard& shard = teams_.shards()[s];
       const PackedMatrix to = matrix(role.part);
+      double own_power = 0;
+      double* const counted = role.replica == 0 ? &own_power : nullptr;
       std::byte* staged = runtime_->scratch(worker, pack_scratch_bytes(to.layout(), source));
       const Range mine = share(whole[s].end - whole[s].begin, role.replica_rank, role.replica_size);
       for (std::int64_t i = mine.begin; i < mine.end; ++i) {
         const std::int64_t panel = whole[s].begin + i;
         pack_panel(*kernels_, to, panel, source, shard.begin + panel * kPanelColumns - first_row, 0,
-                   std::min(shard.end - first_row, source.rows), 0, staged);
+                   std::min(shard.end - first_row, source.rows), 0, staged, counted);
       }
       for (std::size_t i = 0; i < completed[s].size(); ++i) {
         if (static_cast<int>(i % static_cast<std::size_t>(role.replica_size)) != role.replica_rank) continue;
         const Ready& ready = completed[s][i];
         const auto rows = static_cast<std::int64_t>(ready.rows.size()) / in_features_;
         const MatrixView view{ready.rows.data(), DType::f32, rows, in_features_, in_features_, 1};
-        pack_panel(*kernels_, to, ready.panel, view, 0, 0, rows, 0, staged);
+        pack_panel(*kernels_, to, ready.panel, view, 0, 0, rows, 0, staged, counted);
       }
+      power.fetch_add(own_power);
     }
   });
   for (std::int64_t row = first_row; row < last_row; ++row) row_loaded_[static_cast<std::size_t>(row)] = true;
   rows_loaded_ += source.rows;
+  weight_power_ += power;
+  if (rows_loaded_ == out_features_) measure_rerounding();
+}
+
+// Over the whole matrix, whatever its placement: all parts then prepare inputs alike.
+void LinearWeights::measure_rerounding() {
+  if (format_.kind != WeightKind::int4 && format_.kind != WeightKind::mxfp4) return;
+  double noise = 0;
+  for (const Shard& shard : teams_.shards()) {
+    if (shard.begin < shard.end) noise += rerounding_noise(matrix(shard.parts[0]));
+  }
+  rerounding_ = weight_power_ > 0 ? static_cast<float>(std::sqrt(noise / weight_power_)) : 0.0f;
 }
 
 void LinearWeights::load_bias(const MatrixView& source) {

@@ -64,7 +64,7 @@ MatrixPlace place_matrix(const WeightFormat& format, std::int64_t rows, std::int
 
 void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const WeightSource& source,
                 std::int64_t first_row, std::int64_t row_begin, std::int64_t row_end, std::int64_t first_input,
-                std::byte* staged) {
+                std::byte* staged, double* power) {
   MatrixView rows = source;
   if (source.in_file()) {
     const std::int64_t first = std::max(first_row, row_begin);
@@ -81,6 +81,7 @@ void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int
   args.side = matrix.side(panel);
   args.side_stride = matrix.side_stride();
   args.staged = staged;
+  args.power = power;
   kernels.pack(args);
 }
 
@@ -125,6 +126,22 @@ const float* RowUnpacker::row(const PackedMatrix& matrix, std::int64_t row) {
     }
   }
   return rows_.data() + row % kPanelColumns * width;
+}
+
+double rerounding_noise(const PackedMatrix& matrix) {
+  const Layout& layout = matrix.layout();
+  double noise = 0;
+  for (std::int64_t panel = 0; panel < layout.panels; ++panel) {
+    const float* side = matrix.side(panel);
+    for (std::int64_t chunk = 0; chunk < layout.scale_rows; ++chunk) {
+      const auto inputs = static_cast<double>(std::min<std::int64_t>(layout.k - chunk * kChunkInputs, kChunkInputs));
+      for (int column = 0; column < kPanelColumns; ++column) {
+        const double step = side[chunk * kPanelColumns + column];
+        noise += step * step / 12 * inputs;
+      }
+    }
+  }
+  return noise;
 }
 
 void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value) {

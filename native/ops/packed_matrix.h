@@ -38,10 +38,10 @@ struct PackedMatrix {
 
 // Packs one panel whose columns are source rows first_row .. first_row + 31 (those outside [row_begin, row_end) as zeros)
 // and whose input 0 is the source's column first_input.
-// `staged` is scratch of pack_scratch_bytes. Throws CheckpointFailure where the source's file cannot be read.
+// `staged` is scratch of pack_scratch_bytes; `power` as in PackArgs. Throws CheckpointFailure where the source's file cannot be read.
 void pack_panel(const KernelTable& kernels, const PackedMatrix& matrix, std::int64_t panel, const WeightSource& source,
                 std::int64_t first_row, std::int64_t row_begin, std::int64_t row_end, std::int64_t first_input,
-                std::byte* staged);
+                std::byte* staged, double* power = nullptr);
 
 static inline std::size_t pack_scratch_bytes(const Layout& layout, const WeightSource& source) {
   return static_cast<std::size_t>(stage_bytes(layout)) + panel_scratch_bytes(source);
@@ -69,6 +69,9 @@ class RowUnpacker {
 // Writes one fp32 value into a view of any dtype.
 void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value);
 float load_element(const MatrixView& from, std::int64_t row, std::int64_t column);
+
+// Sum over a matrix's weights of the mean squared error of rounding them to its side table's int8 scales (step^2 / 12).
+double rerounding_noise(const PackedMatrix& matrix);
 
 // Every problem with a format, empty if none.
 std::vector<std::string> format_problems(const WeightFormat& format);

@@ -68,7 +68,7 @@ void RowSet::clear_flags(std::byte* base, std::int64_t first_block, std::int64_t
   }
 }
 
-void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error) const {
+void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error) const {
   const std::int64_t index = row / block_rows_;
   const auto in_block = static_cast<std::size_t>(row % block_rows_);
   const int stride = stride_rows(index);
@@ -82,6 +82,7 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.units = units_;
   args.form = form_;
   args.target_error = target_error;
+  args.normal_error = normal_error;
   args.low = at + o.low + first;
   args.high = at + o.high + first;
   args.unit_stride = std::int64_t{stride} * kUnitInputs;

@@ -26,7 +26,7 @@ class RowSet {
   void clear_flags(std::byte* base, std::int64_t first_block, std::int64_t last_block) const;
 
   // Row `row` from k contiguous values of any dtype.
-  void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error) const;
+  void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error = 0) const;
   // Every row, row i from prepared row first_source + sources[i] of another set over the same inputs whose blocks hold one
   // row each. Clears the flags itself.
   void gather(std::byte* base, const RowSet& source, std::byte* source_base, std::int64_t first_source,

@@ -27,7 +27,7 @@ from numagraft.native import LinearWeights, WeightFormat
 
 
 class Layer:
-    def __init__(self, out_features, in_features, format, *, isa=None, policy="bind", nodes=1, threads=1, bias=True, seed=0):
+    def __init__(self, out_features, in_features, format, *, isa=None, policy="bind", nodes=1, threads=1, bias=True, seed=0, change=None):
         rng = np.random.default_rng(seed)
         self.weights = LinearWeights(
             runtime(nodes, threads),
@@ -39,7 +39,8 @@ class Layer:
             owner="layer",
             isa=isa,
         )
-        self.weights.load_weight(matrix(rng.standard_normal((out_features, in_features)).astype(np.float32)))
+        values = rng.standard_normal((out_features, in_features)).astype(np.float32)
+        self.weights.load_weight(matrix(values if change is None else change(values)))
         self.bias = rng.standard_normal((1, out_features)).astype(np.float32) if bias else np.zeros((1, out_features), np.float32)
         if bias:
             self.weights.load_bias(matrix(self.bias))
@@ -104,6 +105,67 @@ def test_sixteen_bit_activations(isa, kind):
         x = np.random.default_rng(2).standard_normal((tokens, 1024)).astype(np.float32)
         # tiles re-round nibbles to int8, which is then what remains
         assert error(layer(x), layer.expected(x)) <= (9e-3 if isa == "amx" and kind != "int8" and tokens > 1 else 1e-3)
+
+
+def rerounding(weights):
+    """What int8 weights with a scale per channel and 512 inputs cost of the output (Frobenius), from the weights alone."""
+    steps = np.abs(weights.reshape(len(weights), -1, 512)).max(axis=2) / 127
+    return np.sqrt((steps**2 / 12).sum() * 512 / (weights**2).sum())
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+@pytest.mark.parametrize("kind", ["int4", "mxfp4"])
+def test_tiles_keep_inputs_as_exact_as_the_weights_need(kind):
+    """Rounded inputs take what the bar leaves beside re-rounded weights; where those take it all, inputs keep 15 bits."""
+
+    def stand_out(values):
+        values[:, ::512] = 4.5  # one input of each 512 decides the step: 1.5 times as large as a normal distribution's
+        return values
+
+    x = np.random.default_rng(4).standard_normal((96, 2048)).astype(np.float32)
+    plain = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False)
+    heavy = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False, change=stand_out)
+    costs = {layer: rerounding(layer.dequantised) for layer in (plain, heavy)}
+    assert costs[plain] < 0.0085 < costs[heavy]
+    found = {layer: error(layer(x), layer.expected(x)) for layer in costs}
+    assert costs[plain] * 1.1 < found[plain] <= LINEAR_BAR[kind]  # its inputs are rounded
+    assert found[heavy] <= np.hypot(costs[heavy], 0.0010) * 1.05  # these hardly: 0.1 %
+    # the control: the heavy layer with the plain one's inputs would miss the bar
+    assert np.hypot(costs[heavy], np.sqrt(found[plain] ** 2 - costs[plain] ** 2)) > LINEAR_BAR[kind]
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+def test_rows_with_channels_that_stand_out_keep_15_bits_on_tiles():
+    layer = Layer(256, 2048, WeightFormat("int4"), isa="amx", bias=False)
+    x = np.random.default_rng(5).standard_normal((96, 2048)).astype(np.float32)
+    rounded = error(layer(x), layer.expected(x))
+    x[:, ::256] *= 12
+    assert error(layer(x), layer.expected(x)) < 0.0085 < rounded
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+@pytest.mark.parametrize("policy", ["shard", "mirror"])
+def test_the_inputs_bits_do_not_depend_on_placement_or_on_pieces(policy):
+    x = np.random.default_rng(6).standard_normal((40, 1024)).astype(np.float32)
+    layer = Layer(128, 1024, WeightFormat("int4"), isa="amx", bias=False)
+    split = Layer(128, 1024, WeightFormat("int4"), isa="amx", bias=False, policy=policy, nodes=2)
+    assert np.array_equal(split(x), layer(x))
+    pieces = LinearWeights(
+        runtime(2, 1),
+        out_features=128,
+        in_features=1024,
+        format=WeightFormat("int4"),
+        parts=parts(policy, 2, 128),
+        has_bias=False,
+        owner="layer",
+        isa="amx",
+    )
+    values = np.random.default_rng(0).standard_normal((128, 1024)).astype(np.float32)
+    for first, last in ((0, 50), (50, 51), (51, 128)):
+        pieces.load_weight(matrix(values[first:last]), first_row=first)
+    out = np.empty((40, 128), np.float32)
+    pieces.forward(matrix(x), matrix(out))
+    assert np.array_equal(out, layer(x))
 
 
 @pytest.mark.parametrize("isa", ISAS)
