@@ -4,6 +4,7 @@
 // needs it; everything is internal to it.
 #include "kernels/kernel_table.h"
 #include "kernels/registers.h"
+#include "kernels/row_strips.h"
 
 namespace numagraft {
 namespace {
@@ -78,17 +79,10 @@ NG_INLINE void bf16_half_unit(const std::byte* w, const float* x, bool fresh, VF
   }
 }
 
-struct FloatStrip {
-  const RowBlock* block;
-  int first_row;
-  std::int64_t first_unit;  // of a chunk
-  std::int64_t last_unit;
-  bool fresh;               // first strip over these weights: they come from memory
-  std::uint16_t* expanded;  // fp8
-};
-
+// `expanded`: fp8 weights of the chunk, which the first strip leaves there for the others.
+// Not inlined: in one function with its siblings the registers of each are shared out worse (fp8: 2 to 10 %).
 template <WeightKind kind, int rows>
-void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, float* c) {
+__attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[maybe_unused]] std::uint16_t* expanded_units, float* c) {
   constexpr int sums = rows > 1 ? 1 : kParts == 1 ? 4 : 2;
   // fp8 sums are scaled after every 128 inputs
   constexpr std::int64_t together = kind == WeightKind::fp8 ? kFp8Block / kUnitInputs : kChunkInputs / kUnitInputs;
@@ -111,7 +105,7 @@ void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, 
         if constexpr (kind == WeightKind::bf16) {
           bf16_half_unit<rows, sums>(w + half * 2048, x + half * 32, strip.fresh, sum);
         } else {
-          std::uint16_t* expanded = strip.expanded + ((unit - strip.first_unit) * 2 + half) * kHalfUnit;
+          std::uint16_t* expanded = expanded_units + ((unit - strip.first_unit) * 2 + half) * kHalfUnit;
           if (strip.fresh) expand_half_unit(w + half * 1024, expanded);
           f16_half_unit<rows, sums>(expanded, x + half * 32, sum);
         }
@@ -137,44 +131,24 @@ void float_rows(const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, 
   }
 }
 
-template <WeightKind kind, int rows>
-NG_INLINE void float_rows_up_to(int count, const GemmArgs& a, std::int64_t panel, const FloatStrip& strip, float* c) {
-  if constexpr (rows > 1) {
-    if (count < rows) return float_rows_up_to<kind, rows - 1>(count, a, panel, strip, c);
+template <WeightKind kind>
+struct Floats {
+  static constexpr int most_rows = kFloatRows<kind>;
+  static constexpr std::int64_t chunk_units = kFloatChunkUnits;
+  static constexpr std::int64_t few_strip_units = kFp8Block / kUnitInputs;
+  static constexpr std::int64_t single_strip_units = kind == WeightKind::bf16 ? 0 : kFloatChunkUnits;
+  alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
+  template <int rows>
+  void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+    float_rows<kind, rows>(a, panel, strip, expanded, c);
   }
-  float_rows<kind, rows>(a, panel, strip, c);
-}
+  void finish(const GemmArgs&, std::int64_t, float*) {}
+};
 
-// Strips of nearly equal heights, all of them over a chunk of a panel before the next: the chunk stays in L1.
 template <WeightKind kind>
 void gemm_float(const GemmArgs& a) {
-  constexpr int most = kFloatRows<kind>;
-  int all_strips = 0;
-  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + most - 1) / most;
-  // While few strips go over a chunk memory is what they wait for, and it must not fall idle behind the first.
-  const std::int64_t chunk = all_strips == 1 && kind == WeightKind::bf16 ? a.last_unit - a.first_unit
-                             : all_strips > 1 && all_strips <= 4         ? kFp8Block / kUnitInputs
-                                                                         : kFloatChunkUnits;
-  alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   if (kind == WeightKind::fp8) prefetch_first_scales(a);
-  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
-      const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
-      float* c = a.c + panel * a.c_panel_stride;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        const int strips = (block.rows + most - 1) / most;
-        int row = 0;
-        for (int strip = 0; strip < strips; ++strip) {
-          const int count = (block.rows - row + strips - strip - 1) / (strips - strip);
-          const FloatStrip next{&block, row, first, last, b == 0 && strip == 0, expanded};
-          float_rows_up_to<kind, most>(count, a, panel, next, c + row * kPanelColumns);
-          row += count;
-        }
-        c += block.rows * kPanelColumns;
-      }
-    }
-  }
+  gemm_strips<Floats<kind>>(a);
 }
 
 }  // namespace

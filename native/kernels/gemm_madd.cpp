@@ -267,7 +267,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
 struct Int8 {
   static constexpr int most_rows = kMostRows;
   static constexpr std::int64_t chunk_units = kChunkUnits;
-  static constexpr std::int64_t few_strip_units = 2;
+  static constexpr std::int64_t few_strip_units = 4;
   static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
@@ -280,7 +280,7 @@ template <WeightKind kind, bool symmetric>
 struct Nibbles {
   static constexpr int most_rows = kMostRows;
   static constexpr std::int64_t chunk_units = 4;  // sums go to c for every group: what matters is that L1 holds the inputs
-  static constexpr std::int64_t few_strip_units = 2;
+  static constexpr std::int64_t few_strip_units = 4;
   static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

@@ -13,7 +13,6 @@ namespace {
 constexpr int kInt8Rows = 12;
 constexpr int kInt8HighRows = 6;  // up to here high and low halves meet the weights in one pass
 constexpr int kNibbleRows = 4;
-constexpr std::int64_t kFewStripUnits = 2;
 
 NG_INLINE __m512i four_inputs(const std::byte* x) {
   int word;
@@ -215,7 +214,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
 struct Int8 {
   static constexpr int most_rows = kInt8Rows;
   static constexpr std::int64_t chunk_units = kChunkUnits;
-  static constexpr std::int64_t few_strip_units = kFewStripUnits;
+  static constexpr std::int64_t few_strip_units = 2;
   static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
@@ -228,7 +227,7 @@ template <WeightKind kind, bool symmetric>
 struct Nibbles {
   static constexpr int most_rows = kNibbleRows;
   static constexpr std::int64_t chunk_units = kChunkUnits;
-  static constexpr std::int64_t few_strip_units = kFewStripUnits;
+  static constexpr std::int64_t few_strip_units = 4;  // their inner loop waits less for memory
   static constexpr std::int64_t single_strip_units = 0;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
