@@ -104,10 +104,14 @@ void gate(const GateArgs& a) {
 void accumulate(const AccumulateArgs& a) {
   for (std::int64_t row = 0; row < a.rows; ++row) {
     float* acc = a.acc + a.index[row] * a.acc_stride;
+    const float* c = a.c + row * kPanelColumns;
     const F weight = splat(a.weight[row]);
-    for (int half = 0; half < kHalves; ++half) {
-      const F v = load<F>(a.c + row * kPanelColumns + half * kLanes) + bias_at(a.bias, half);
-      store(acc + half * kLanes, load<F>(acc + half * kLanes) + weight * v);
+    for (std::int64_t panel = 0; panel < a.panels; ++panel, c += a.c_panel_stride, acc += kPanelColumns) {
+      const float* bias = a.bias ? a.bias + panel * kPanelColumns : nullptr;
+      for (int half = 0; half < kHalves; ++half) {
+        const F v = load<F>(c + half * kLanes) + bias_at(bias, half);
+        store(acc + half * kLanes, load<F>(acc + half * kLanes) + weight * v);
+      }
     }
   }
 }

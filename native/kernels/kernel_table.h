@@ -96,10 +96,12 @@ struct GateArgs {
   std::int64_t row_stride;
 };
 
-// acc[index[row]][32] += weight[row] * (c[row] + bias)
+// acc[index[row]][panel * 32 ...] += weight[row] * (c[panel][row] + bias[panel]), row by row: a row of acc lies together
 struct AccumulateArgs {
   const float* c;
-  const float* bias;            // [32] or null
+  std::int64_t c_panel_stride;  // floats
+  const float* bias;            // [panels][32] or null
+  std::int64_t panels;
   std::int64_t rows;
   const std::int32_t* index;
   const float* weight;

@@ -234,6 +234,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       std::vector<Seat> seats;
       std::size_t bytes = 0;
       std::int64_t most_gathered = 0;
+      std::int64_t most_panels = 0;
       const std::size_t block_bytes = RowSet(*kernels_, format_.kind, shape_.hidden, kBlockRows).low_block_bytes();
       for (const Role& role : roster.roles(worker)) {
         Seat seat;
@@ -246,6 +247,8 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         seat.gathered_rows = std::min(kMostGatheredRows, most_rows);
         seat.pieces = pieces_of(shape_.hidden, most_rows, block_bytes);
         most_gathered = std::max(most_gathered, seat.gathered_rows);
+        const ExpertsPlace& place = places_[static_cast<std::size_t>(role.part)];
+        most_panels = std::max({most_panels, 2 * place.frame / kPanelColumns, place.down.layout.panels});
         seats.push_back(std::move(seat));
       }
       // Scratch: prepared tokens (few), gathered rows, products, sums.
@@ -253,8 +256,11 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       const std::size_t inputs_bytes = call.self_prepared ? whole_lines(own_inputs.bytes()) : 0;
       const std::size_t gathered_bytes = whole_lines(RowSet(*kernels_, format_.kind, shape_.hidden, most_gathered).bytes());
       const std::size_t row_bytes = whole_lines(static_cast<std::size_t>(shape_.hidden) * sizeof(float));
-      const std::size_t c_bytes = kResultBytesInPieces + static_cast<std::size_t>(2 * kMostGatheredRows * kPanelColumns) * sizeof(float);
-      const std::size_t sums_bytes = kSumBytesInPieces + static_cast<std::size_t>(tokens * kPanelColumns) * sizeof(float);
+      // At most what the limits say, and one step beyond; few tokens need less than that.
+      const std::int64_t panel_bytes = (most_gathered + kBlockRows - 1) / kBlockRows * kBlockRows * kPanelColumns * 4;
+      const std::size_t c_bytes = static_cast<std::size_t>(std::min(kResultBytesInPieces, most_panels * panel_bytes) + 2 * panel_bytes);
+      const std::int64_t sum_panel_bytes = tokens * kPanelColumns * 4;
+      const std::size_t sums_bytes = static_cast<std::size_t>(std::min(kSumBytesInPieces, most_panels * sum_panel_bytes) + sum_panel_bytes);
       bytes = inputs_bytes + gathered_bytes + row_bytes + c_bytes + sums_bytes;
       std::byte* scratch = runtime_->scratch(worker, bytes);
       for (Seat& seat : seats) {
@@ -443,17 +449,17 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
           const std::int64_t now = std::min(together, panels - panel);
           multiply_panels_in_pieces(*kernels_, weights, first + panel, now, seat.blocks.data(), static_cast<std::int64_t>(seat.blocks.size()),
                                     pieces.units, seat.c, panel_stride);
-          for (std::int64_t i = 0; i < now; ++i) {
-            AccumulateArgs args{};
-            args.c = seat.c + i * panel_stride;
-            args.bias = seat.role.shard == 0 ? weights.bias(first + panel + i) : nullptr;  // once, not per shard
-            args.rows = count;
-            args.index = work.routing->tokens.data() + chosen.first + block * kBlockRows;
-            args.weight = work.routing->weights.data() + chosen.first + block * kBlockRows;
-            args.acc = seat.sums + (panel + i) * kPanelColumns;
-            args.acc_stride = width;
-            kernels_->accumulate(args);
-          }
+          AccumulateArgs args{};
+          args.c = seat.c;
+          args.c_panel_stride = panel_stride;
+          args.bias = seat.role.shard == 0 ? weights.bias(first + panel) : nullptr;  // once, not per shard
+          args.panels = now;
+          args.rows = count;
+          args.index = work.routing->tokens.data() + chosen.first + block * kBlockRows;
+          args.weight = work.routing->weights.data() + chosen.first + block * kBlockRows;
+          args.acc = seat.sums + panel * kPanelColumns;
+          args.acc_stride = width;
+          kernels_->accumulate(args);
         }
       }
       const auto base = static_cast<std::size_t>(chosen.id) * place.stride;
