@@ -25,7 +25,7 @@ struct alignas(64) TileConfig {
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define TILE_MULTIPLY(instruction, to, inputs, weights) \
-  __asm__ volatile(#instruction " %%tmm" #weights ", %%tmm" #inputs ", %%tmm" #to ::)
+  __asm__ volatile(#instruction " %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(to), "i"(inputs), "i"(weights))
 
 void configure_tiles() {
   TileConfig config{};
@@ -80,29 +80,12 @@ NUMAGRAFT_INLINE void store_second_results(void* c) {
 
 enum class Multiply { by_unsigned, by_signed, bf16 };
 
-template <Multiply how>
-NUMAGRAFT_INLINE void multiply_00() {
-  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 0, 4, 6);
-  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 0, 4, 6);
-  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 0, 4, 6);
-}
-template <Multiply how>
-NUMAGRAFT_INLINE void multiply_01() {
-  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 1, 4, 7);
-  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 1, 4, 7);
-  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 1, 4, 7);
-}
-template <Multiply how>
-NUMAGRAFT_INLINE void multiply_10() {
-  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 2, 5, 6);
-  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 2, 5, 6);
-  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 2, 5, 6);
-}
-template <Multiply how>
-NUMAGRAFT_INLINE void multiply_11() {
-  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 3, 5, 7);
-  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 3, 5, 7);
-  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 3, 5, 7);
+// Adds the products of a row tile and a column tile to their results.
+template <Multiply how, int row, int column>
+NUMAGRAFT_INLINE void multiply() {
+  if constexpr (how == Multiply::by_unsigned) TILE_MULTIPLY(tdpbsud, 2 * row + column, 4 + row, 6 + column);
+  if constexpr (how == Multiply::by_signed) TILE_MULTIPLY(tdpbssd, 2 * row + column, 4 + row, 6 + column);
+  if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 2 * row + column, 4 + row, 6 + column);
 }
 
 // One unit's products of one or two input tiles (the second is not read where there is one). What memory is asked for is
@@ -113,17 +96,17 @@ NUMAGRAFT_INLINE void step(const std::byte* first, const std::byte* second, std:
   TILE_LOAD(6, weights, 64);
   Ahead::ask(ahead);
   TILE_LOAD(4, first, input_stride);
-  multiply_00<how>();
+  multiply<how, 0, 0>();
   Ahead::ask(ahead);
   TILE_LOAD(7, weights + 1024, 64);
-  multiply_01<how>();
+  multiply<how, 0, 1>();
   Ahead::ask(ahead);
   if constexpr (two) {
     TILE_LOAD(5, second, input_stride);
-    multiply_10<how>();
+    multiply<how, 1, 0>();
   }
   Ahead::ask(ahead);
-  if constexpr (two) multiply_11<how>();
+  if constexpr (two) multiply<how, 1, 1>();
 }
 
 }  // namespace
