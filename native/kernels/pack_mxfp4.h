@@ -2,7 +2,7 @@
 
 // mxfp4: w = value(code) * 2^(e - 127), codes sign | 0, .5, 1, 1.5, 2, 3, 4, 6.
 // Included by pack.cpp; everything is internal to it.
-#include "kernels/pack_gather.h"
+#include "kernels/pack_nibbles.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
@@ -71,17 +71,7 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
           power += value * value;
         }
       }
-      std::byte* to = data + slice_offset(slice, 512, 4);
-      for (int row = 0; row < 8; ++row, to += 64) {
-        I bytes = {};
-        for (int i = 0; i < 4; ++i) bytes |= (nibbles[row * 4 + i] | (nibbles[32 + row * 4 + i] << 4)) << (8 * i);
-        store(to, bytes);
-      }
-      if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
-        const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
-        store(a.side + chunk * a.side_stride + slice * kLanes, largest[slice] * splat(1.0f / 127.0f));
-        largest[slice] = F{};
-      }
+      store_nibbles(a, unit, slice, nibbles, largest[slice]);
     }
   }
   if (a.power != nullptr) *a.power += sum_lanes(power);
