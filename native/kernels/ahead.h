@@ -22,7 +22,13 @@ class Ahead {
   Ahead(const std::byte* chunk, std::int64_t bytes, std::int64_t chunk_bytes, std::int64_t near, std::int64_t steps, bool once)
       : from_(chunk + (once ? near : chunk_bytes)),
         stream_(once ? 0 : bytes / kStreams & ~std::int64_t{63}),
-        share_(((once ? bytes : stream_) / 64 << kShift) / (steps * kAsksPerStep)) {}
+        dense_(once || bytes / 64 > steps * kStreams),
+        share_(((once ? bytes : stream_) / 64 << kShift) / (steps * (dense_ ? kAsksPerStep : 1))) {}
+
+  // Where there is less than a line of each stream for a step, once is enough.
+  NUMAGRAFT_INLINE void ask_more(Ahead& a) {
+    if (a.dense_) ask(a);
+  }
 
   NUMAGRAFT_INLINE void ask(Ahead& a) {
     std::int64_t line = a.at_ >> kShift;
@@ -44,6 +50,7 @@ class Ahead {
 
   const std::byte* from_;
   std::int64_t stream_;  // bytes
+  bool dense_;
   std::int64_t share_;   // lines of a stream per ask, in fixed point
   std::int64_t at_ = (1 << kShift) - 1;
 };

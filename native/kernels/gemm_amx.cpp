@@ -6,6 +6,7 @@
 #include "kernels/gemm_vnni.h"
 #include "kernels/high_halves.h"
 #include "kernels/kernel_table.h"
+#include "kernels/passes.h"
 #include "kernels/simd.h"
 #include "kernels/tiles.h"
 
@@ -13,6 +14,7 @@ namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
 constexpr std::int64_t kFewHighUnits = 3;  // one in so many
+constexpr int kLongChunksFrom = 3;         // blocks
 
 // The units whose high halves go with low ones [first, last) of the block. Where few have one, all of them go with the last,
 // and find their weights in L2: joining sums once a panel costs less than once a chunk.
@@ -21,42 +23,45 @@ NUMAGRAFT_INLINE Units high_units_of(const RowBlock& block, std::int64_t units, 
   return last < units ? Units{0, 0} : Units{0, units};
 }
 
-template <bool two>
-void int8_block(const GemmArgs& a, std::int64_t panel, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead,
-                float* c) {
-  const Layout& layout = *a.layout;
-  const std::byte* w = a.panel + panel * layout.panel_bytes;
-  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
-  const auto weights = [&](std::int64_t unit) { return w + unit * layout.unit_bytes; };
-  const Units high_units = high_units_of(block, layout.units, first, last);
-  const bool halves =
-      multiply_halves<Multiply::by_unsigned, two>(block, first, last, high_units, weights, ahead, first > 0 ? c : nullptr, c, high);
-  if (last < layout.units) {
-    if (!halves) return;
-    for (int line = 0; line < block.rows * 2; ++line) {
-      auto* at = reinterpret_cast<std::int32_t*>(c) + line * kLanes;
-      store(at, load<I>(at) + (load<I>(high + line * kLanes) << 7));
+// Joins the sums of both halves; a panel's last chunk makes them results.
+struct Int8Visit {
+  int rows = 0;
+  const RowBlock* block = nullptr;
+  float* c = nullptr;
+  const std::int32_t* high = nullptr;  // null: none
+  const float* side = nullptr;         // scales of the panel's columns; null: more chunks follow
+
+  static void visit(const Int8Visit& v, int first, int last) {
+    if (v.side == nullptr) {
+      for (int line = first * 2; line < last * 2; ++line) {
+        auto* at = reinterpret_cast<std::int32_t*>(v.c) + line * kLanes;
+        store(at, load<I>(at) + (load<I>(v.high + line * kLanes) << 7));
+      }
+      return;
     }
-    return;
-  }
-  const F side[2] = {load<F>(panel_side(a, panel)), load<F>(panel_side(a, panel) + kLanes)};
-  for (int row = 0; row < block.rows; ++row) {
-    const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(block.sum[row]) * kInt8Offset);
-    const F scale = splat(block.scale[row]);
-    for (int t = 0; t < 2; ++t) {
-      float* at = c + row * kPanelColumns + t * kLanes;
-      I total = load<I>(at) - offset;
-      if (halves) total += load<I>(high + row * kPanelColumns + t * kLanes) << 7;
-      store(at, to_float(total) * (side[t] * scale));
+    const F side[2] = {load<F>(v.side), load<F>(v.side + kLanes)};
+    for (int row = first; row < last; ++row) {
+      const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(v.block->sum[row]) * kInt8Offset);
+      const F scale = splat(v.block->scale[row]);
+      for (int t = 0; t < 2; ++t) {
+        float* at = v.c + row * kPanelColumns + t * kLanes;
+        I total = load<I>(at) - offset;
+        if (v.high != nullptr) total += load<I>(v.high + row * kPanelColumns + t * kLanes) << 7;
+        store(at, to_float(total) * (side[t] * scale));
+      }
     }
   }
-}
+};
 
 // From a chunk of a panel to the one that follows it: in the panel, or the next panel's first.
 NUMAGRAFT_INLINE std::int64_t chunk_behind(const GemmArgs& a, std::int64_t first, std::int64_t last) {
   return last < a.last_unit ? (last - first) * a.layout->unit_bytes
                             : a.layout->panel_bytes - (first - a.first_unit) * a.layout->unit_bytes;
 }
+
+// Of chunks that several blocks read. Their inputs leave L1 to the weights, and a longer chunk has fewer sums to store and to
+// load; but the more of memory's time is waited for at its start, the fewer blocks go over it.
+std::int64_t chunk_units(const GemmArgs& a) { return a.block_count >= kLongChunksFrom ? 2 * kChunkUnits : kChunkUnits; }
 
 // Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Chunks that several blocks read
 // leave L1 room for the block's inputs; where weights are read once, the panel is one chunk and its sums stay in the tiles.
@@ -76,7 +81,10 @@ void gemm_int8(const GemmArgs& a) {
   const Layout& layout = *a.layout;
   const std::int64_t units = a.last_unit - a.first_unit;
   const bool once = count_steps(a, a.first_unit, a.last_unit) == units;
-  for_chunks(a, once ? units : kChunkUnits, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+  alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
+  Passes<Multiply::by_unsigned, Int8Visit> passes;
+  for_chunks(a, once ? units : chunk_units(a), [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+    const std::byte* w = a.panel + panel * layout.panel_bytes;
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
     std::int64_t steps = (last - first) * a.block_count;
     for (int b = 0; !once && b < a.block_count; ++b) {
@@ -85,36 +93,52 @@ void gemm_int8(const GemmArgs& a) {
       steps += count_flagged(a.blocks[b], high_units.first, high_units.last);
     }
     if (first == a.first_unit) prefetch_scales(panel_side(a, panel));
-    Ahead ahead(a.panel + panel * layout.panel_bytes + first * layout.unit_bytes, bytes, chunk_behind(a, first, last), kNear, steps, once);
+    Ahead ahead(w + first * layout.unit_bytes, bytes, chunk_behind(a, first, last), kNear, steps, once);
+    const auto weights = [&](std::int64_t unit) { return w + unit * layout.unit_bytes; };
+    const float* side = last < layout.units ? nullptr : panel_side(a, panel);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
-      if (a.blocks[b].stride_rows > 16) {
-        int8_block<true>(a, panel, a.blocks[b], first, last, ahead, c);
-      } else {
-        int8_block<false>(a, panel, a.blocks[b], first, last, ahead, c);
+      const RowBlock& block = a.blocks[b];
+      const float* resumed = first > 0 ? c : nullptr;
+      Int8Visit visit{block.rows, &block, c, high, side};
+      if (block.stride_rows <= 16) {
+        decltype(passes)::finish(passes);
+        if (!multiply_one_tile<Multiply::by_unsigned>(block, {first, last}, weights, ahead, resumed, c, high)) visit.high = nullptr;
+        if (visit.high != nullptr || side != nullptr) Int8Visit::visit(visit, 0, block.rows);
+        continue;
       }
+      const Units high_units = high_units_of(block, layout.units, first, last);
+      if (count_flagged(block, high_units.first, high_units.last) > 0) {
+        decltype(passes)::run(passes, units_of(block, high_units, true, weights), nullptr, high, {}, ahead);
+      } else {
+        visit.high = nullptr;
+        if (side == nullptr) visit.rows = 0;
+      }
+      decltype(passes)::run(passes, units_of(block, {first, last}, false, weights), resumed, c, visit, ahead);
     }
   });
+  decltype(passes)::finish(passes);
 }
 
 // ---- bf16 and fp8
 
 constexpr std::int64_t kFloatChunkUnits = kChunkUnits / 2;
 
-template <bool two>
-void bf16_block(const std::byte* weights, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead, float* c) {
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs * 2;
-  if (first == 0) {
-    clear_results<two>();
-  } else {
-    load_results<two>(c);
+struct NoVisit {
+  static constexpr int rows = 0;
+  static void visit(const NoVisit&, int, int) {}
+};
+
+// Two steps of a unit: the inputs of each tile are 32 of its 64.
+NUMAGRAFT_INLINE Operands float_operands(const RowBlock& block, std::int64_t step, const std::byte* weights) {
+  return {block.low + step / 2 * block.stride_rows * kUnitInputs * 2 + step % 2 * 64, 2 * kTileBytes, kUnitInputs * 2, weights};
+}
+
+void bf16_one_tile(const std::byte* weights, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead, float* c) {
+  first == 0 ? clear_results<false>() : load_results<false>(c);
+  for (std::int64_t at = 2 * first; at < 2 * last; ++at, weights += 2 * kTileBytes) {
+    step<Multiply::bf16, false>(float_operands(block, at, weights), ahead);
   }
-  for (std::int64_t unit = first; unit < last; ++unit) {
-    for (int half = 0; half < 2; ++half) {
-      const std::byte* inputs = block.low + unit * step_bytes + half * 64;
-      step<Multiply::bf16, two>(inputs, inputs + 2 * kTileBytes, kUnitInputs * 2, weights + (unit - first) * 4096 + half * 2048, ahead);
-    }
-  }
-  store_results<two>(c);
+  store_results<false>(c);
 }
 
 // Scaled, so that a panel's sums need no visit every 128 inputs; rounded half away from zero.
@@ -150,7 +174,8 @@ void gemm_bf16(const GemmArgs& a) {
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
   if (layout.kind == WeightKind::fp8) prefetch_first_scales(a);
   const bool once = a.block_count == 1;
-  const std::int64_t units = once && layout.kind == WeightKind::bf16 ? a.last_unit - a.first_unit : kFloatChunkUnits;
+  const std::int64_t units = once && layout.kind == WeightKind::bf16 ? a.last_unit - a.first_unit : layout.kind == WeightKind::bf16 ? chunk_units(a) / 2 : kFloatChunkUnits;
+  Passes<Multiply::bf16, NoVisit> passes;
   for_chunks(a, units, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
     const std::byte* weights = stream;
@@ -165,13 +190,22 @@ void gemm_bf16(const GemmArgs& a) {
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
     Ahead ahead(stream, bytes, chunk_behind(a, first, last), kNear, 2 * (last - first) * a.block_count, once);
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
-      if (a.blocks[b].stride_rows > 16) {
-        bf16_block<true>(weights, a.blocks[b], first, last, ahead, c);
-      } else {
-        bf16_block<false>(weights, a.blocks[b], first, last, ahead, c);
+      const RowBlock& block = a.blocks[b];
+      if (block.stride_rows <= 16) {
+        decltype(passes)::finish(passes);
+        bf16_one_tile(weights, block, first, last, ahead, c);
+        continue;
       }
+      const auto next = [&block, weights, at = 2 * first, first, last](Operands& o) mutable {
+        if (at >= 2 * last) return false;
+        o = float_operands(block, at, weights + (at - 2 * first) * 2 * kTileBytes);
+        ++at;
+        return true;
+      };
+      decltype(passes)::run(passes, next, first > 0 ? c : nullptr, c, {}, ahead);
     }
   });
+  decltype(passes)::finish(passes);
 }
 
 }  // namespace

@@ -30,46 +30,42 @@ struct Units {
   std::int64_t last;
 };
 
-// The products of a block with units [first, last) of a panel: those of the low halves, added to what is `resumed` (null:
-// nothing), in `low`; those of the high ones, to be added 128 times, in `high`. Returns whether there are any of these.
-// Blocks of two row tiles may take the high halves of other units, `high_units`, than the low ones.
-// `weights(unit)` is where a unit's two tiles lie. Sums of halves meet where results are visited anyway: meeting in tile
-// registers would drain them.
-template <Multiply how, bool two, class Weights>
-NUMAGRAFT_INLINE bool multiply_halves(const RowBlock& block, std::int64_t first, std::int64_t last, Units high_units, Weights weights,
-                                      Ahead& ahead, const void* resumed, void* low, std::int32_t* high) {
-  const std::int64_t step_bytes = std::int64_t{block.stride_rows} * kUnitInputs;
-  const bool any = count_flagged(block, high_units.first, high_units.last) > 0;
-  if constexpr (two) {
-    if (any) {
-      clear_results<true>();
-      for (std::int64_t unit = high_units.first; unit < high_units.last; ++unit) {
-        if (!flagged(block, unit)) continue;
-        const std::byte* inputs = block.high + unit * step_bytes;
-        step<how, true>(inputs, inputs + kTileBytes, kUnitInputs, weights(unit), ahead);
-      }
-      store_results<true>(high);
+// What a pass multiplies: the inputs of a block's units [first, last), of flagged ones alone if `high`.
+// `weights(unit)` is where a unit's two tiles lie.
+template <class Weights>
+NUMAGRAFT_INLINE auto units_of(const RowBlock& block, Units units, bool high, Weights weights) {
+  return [&block, unit = units.first, last = units.last, high, weights](Operands& o) mutable {
+    if (high) {
+      while (unit < last && !flagged(block, unit)) ++unit;
     }
-    resumed != nullptr ? load_results<true>(resumed) : clear_results<true>();
-    for (std::int64_t unit = first; unit < last; ++unit) {
-      const std::byte* inputs = block.low + unit * step_bytes;
-      step<how, true>(inputs, inputs + kTileBytes, kUnitInputs, weights(unit), ahead);
+    if (unit >= last) return false;
+    o = {(high ? block.high : block.low) + unit * block.stride_rows * kUnitInputs, kTileBytes, kUnitInputs, weights(unit)};
+    ++unit;
+    return true;
+  };
+}
+
+// The products of one tile of rows with units of a panel: those of the low halves, added to what is `resumed` (null: nothing),
+// in `low`; those of the high ones, to be added 128 times, in `high`. Returns whether there are any of these. Sums of halves
+// meet where results are visited anyway: meeting in tile registers would drain them.
+template <Multiply how, class Weights>
+NUMAGRAFT_INLINE bool multiply_one_tile(const RowBlock& block, Units units, Weights weights, Ahead& ahead, const void* resumed, void* low,
+                                        std::int32_t* high) {
+  clear_results<true>();
+  if (resumed != nullptr) load_results<false>(resumed);
+  bool any = false;
+  for (std::int64_t unit = units.first; unit < units.last; ++unit) {
+    const std::int64_t at = unit * 16 * kUnitInputs;
+    const Operands operands{block.low + at, block.high - block.low, kUnitInputs, weights(unit)};
+    if (flagged(block, unit)) {
+      any = true;
+      step<how, true>(operands, ahead);
+    } else {
+      step<how, false>(operands, ahead);
     }
-    store_results<true>(low);
-  } else {
-    clear_results<true>();
-    if (resumed != nullptr) load_results<false>(resumed);
-    for (std::int64_t unit = first; unit < last; ++unit) {
-      const std::int64_t at = unit * step_bytes;
-      if (flagged(block, unit)) {
-        step<how, true>(block.low + at, block.high + at, kUnitInputs, weights(unit), ahead);
-      } else {
-        step<how, false>(block.low + at, nullptr, kUnitInputs, weights(unit), ahead);
-      }
-    }
-    store_results<false>(low);
-    if (any) store_second_results(high);
   }
+  store_results<false>(low);
+  if (any) store_second_results(high);
   return any;
 }
 

@@ -21,6 +21,9 @@ struct alignas(64) TileConfig {
 
 #define TILE_LOAD(tile, address, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
+// The same for what L1 need not keep: inputs that stream past a chunk of weights do not push it out then.
+#define TILE_LOAD_STREAMED(tile, address, stride) \
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
 #define TILE_STORE(tile, address, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<std::int64_t>(stride)) : "memory")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
@@ -88,25 +91,65 @@ NUMAGRAFT_INLINE void multiply() {
   if constexpr (how == Multiply::bf16) TILE_MULTIPLY(tdpbf16ps, 2 * row + column, 4 + row, 6 + column);
 }
 
+// Two tiles of inputs (of 16 rows each) and two of weights.
+struct Operands {
+  const std::byte* inputs;
+  std::int64_t second_inputs;  // bytes behind the first
+  std::int64_t input_stride;
+  const std::byte* weights;
+};
+
 // One unit's products of one or two input tiles (the second is not read where there is one). What memory is asked for is
 // spread between them: in one burst the requests would hold all fill buffers, and the next tiles would wait behind them.
 template <Multiply how, bool two>
-NUMAGRAFT_INLINE void step(const std::byte* first, const std::byte* second, std::int64_t input_stride, const std::byte* weights,
-                           Ahead& ahead) {
-  TILE_LOAD(6, weights, 64);
-  Ahead::ask(ahead);
-  TILE_LOAD(4, first, input_stride);
+NUMAGRAFT_INLINE void step(const Operands& o, Ahead& ahead) {
+  TILE_LOAD(6, o.weights, 64);
+  Ahead::ask_more(ahead);
+  TILE_LOAD_STREAMED(4, o.inputs, o.input_stride);
   multiply<how, 0, 0>();
-  Ahead::ask(ahead);
-  TILE_LOAD(7, weights + 1024, 64);
+  Ahead::ask_more(ahead);
+  TILE_LOAD(7, o.weights + kTileBytes, 64);
   multiply<how, 0, 1>();
-  Ahead::ask(ahead);
+  Ahead::ask_more(ahead);
   if constexpr (two) {
-    TILE_LOAD(5, second, input_stride);
+    TILE_LOAD_STREAMED(5, o.inputs + o.second_inputs, o.input_stride);
     multiply<how, 1, 0>();
   }
   Ahead::ask(ahead);
   if constexpr (two) multiply<how, 1, 1>();
+}
+
+// Changes a result tile between two passes: what it holds goes to `stored`, what is at `loaded` comes in its place (null: nothing, and zeros).
+#define CHANGE_RESULT(tile, offset, stored, loaded)                                   \
+  {                                                                                   \
+    if (stored != nullptr) TILE_STORE(tile, stored + offset, kRowBytes);              \
+    if (loaded != nullptr) {                                                          \
+      TILE_LOAD(tile, loaded + offset, kRowBytes);                                    \
+    } else {                                                                          \
+      TILE_ZERO(tile);                                                                \
+    }                                                                                 \
+  }
+
+// A pass's first step. The tiles still hold the results of the pass before it: a store waits for its tile's last product,
+// so one is changed after the other, while others are multiplied.
+template <Multiply how>
+NUMAGRAFT_INLINE void first_step(const Operands& o, std::byte* stored, const std::byte* loaded, Ahead& ahead) {
+  TILE_LOAD(6, o.weights, 64);
+  TILE_LOAD_STREAMED(4, o.inputs, o.input_stride);
+  CHANGE_RESULT(0, 0, stored, loaded)
+  multiply<how, 0, 0>();
+  Ahead::ask_more(ahead);
+  TILE_LOAD(7, o.weights + kTileBytes, 64);
+  CHANGE_RESULT(1, 64, stored, loaded)
+  multiply<how, 0, 1>();
+  Ahead::ask_more(ahead);
+  TILE_LOAD_STREAMED(5, o.inputs + o.second_inputs, o.input_stride);
+  CHANGE_RESULT(2, 16 * kRowBytes, stored, loaded)
+  multiply<how, 1, 0>();
+  Ahead::ask_more(ahead);
+  CHANGE_RESULT(3, 16 * kRowBytes + 64, stored, loaded)
+  multiply<how, 1, 1>();
+  Ahead::ask(ahead);
 }
 
 }  // namespace
