@@ -92,8 +92,9 @@ struct GateArgs {
   const float* up_bias;
   std::int64_t rows;
   Gate kind;
-  std::uint16_t* inner;
+  std::uint16_t* inner;         // `streamed`: its rows lie on whole cache lines
   std::int64_t row_stride;
+  bool streamed;                // past the caches, where there is a way: the rows are not read again soon
 };
 
 // acc[index[row]][panel * 32 ...] += weight[row] * (c[panel][row] + bias[panel]), row by row: a row of acc lies together

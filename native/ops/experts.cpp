@@ -25,6 +25,7 @@ constexpr std::int64_t kSumBytes = 4 << 20;       // fp32 sums of a pass over th
 // The same where inputs are taken in pieces: a piece comes from L3 again for every group of panels.
 constexpr std::int64_t kResultBytesInPieces = 512 << 10;
 constexpr std::int64_t kSumBytesInPieces = 8 << 20;
+constexpr std::int64_t kStreamedInnerBytes = 2 << 20;  // inner rows that caches would lose before they are read
 constexpr std::int64_t kSlabTokens = 2048;
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -401,6 +402,7 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
         args.kind = gate_;
         args.inner = work.inner + (chosen.first + first) * place.frame + (pair + i) * kPanelColumns;
         args.row_stride = place.frame;
+        args.streamed = work.routing->pairs() * place.frame * 2 > kStreamedInnerBytes;
         kernels_->gate(args);
       }
     }
