@@ -36,12 +36,15 @@ NUMAGRAFT_INLINE F activate(GateKind kind, F g) {
 }
 
 #if defined(__AVX512F__)
-// A row's 32 inner values: a whole cache line.
+// A row's 32 values in bf16: a whole cache line.
+NUMAGRAFT_INLINE __m512i bf16_line(const F (&values)[kHalves]) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_bf16(values[0])), (__m256i)to_bf16(values[1]), 1);
+}
 NUMAGRAFT_INLINE __m512i inner_line(const F (&values)[kHalves]) {
 #if defined(__AVX512BF16__)
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)values[1], (__m512)values[0]);  // subnormals become zero, as in the multiplication that follows
 #else
-  return _mm512_inserti64x4(_mm512_castsi256_si512((__m256i)to_bf16(values[0])), (__m256i)to_bf16(values[1]), 1);
+  return bf16_line(values);
 #endif
 }
 #endif
@@ -98,24 +101,50 @@ NUMAGRAFT_INLINE void gate_of(const GateArgs& a) {
   gate_rows<kind, false>(a);
 }
 
+// Row by row: the lines of a row lie together.
+template <DType dtype>
+NUMAGRAFT_INLINE void store_panels(const StoreArgs& a) {
+  constexpr std::int64_t bytes = dtype == DType::f32 ? 4 : 2;
+  for (std::int64_t row = 0; row < a.rows; ++row) {
+    std::byte* out = static_cast<std::byte*>(a.out) + row * a.row_stride * bytes;
+    const float* c = a.c + row * kPanelColumns;
+    const float* bias = a.bias;
+    for (int columns = a.columns; columns > 0; columns -= kPanelColumns, c += a.c_panel_stride, out += kPanelColumns * bytes) {
+      F values[kHalves];
+      for (int half = 0; half < kHalves; ++half) values[half] = load<F>(c + half * kLanes) + bias_at(bias, half);
+      if (bias != nullptr) bias += kPanelColumns;
+#if defined(__AVX512F__)
+      if constexpr (dtype == DType::bf16) {
+        if (columns >= kPanelColumns) {
+          _mm512_storeu_si512(out, bf16_line(values));
+          continue;
+        }
+      }
+#endif
+      for (int half = 0; half < kHalves && half * kLanes < columns; ++half) {
+        const int left = columns - half * kLanes;
+        if (left >= kLanes) {
+          store_from_float(out, dtype, half * kLanes, values[half]);
+          continue;
+        }
+        alignas(64) std::byte last[64];
+        store_from_float(last, dtype, 0, values[half]);
+        __builtin_memcpy(out + half * kLanes * bytes, last, static_cast<std::size_t>(left * bytes));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void store_rows(const StoreArgs& a) {
-  const std::int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
-  for (std::int64_t row = 0; row < a.rows; ++row) {
-    std::byte* out = static_cast<std::byte*>(a.out) + row * a.row_stride * bytes;
-    for (int half = 0; half < kHalves; ++half) {
-      const int columns = a.columns - half * kLanes;
-      if (columns <= 0) break;
-      const F v = load<F>(a.c + row * kPanelColumns + half * kLanes) + bias_at(a.bias, half);
-      if (columns >= kLanes) {
-        store_from_float(out, a.dtype, half * kLanes, v);
-      } else {
-        alignas(64) std::byte last[64];
-        store_from_float(last, a.dtype, 0, v);
-        __builtin_memcpy(out + half * kLanes * bytes, last, static_cast<std::size_t>(columns * bytes));
-      }
-    }
+  switch (a.dtype) {
+    case DType::f32:
+      return store_panels<DType::f32>(a);
+    case DType::f16:
+      return store_panels<DType::f16>(a);
+    default:  // outputs have no other
+      return store_panels<DType::bf16>(a);
   }
 }
 

@@ -73,10 +73,11 @@ struct GemmArgs {
 // The side table of a panel, `panel` counted from the call's first; row r is at + r * kPanelColumns.
 static inline const float* panel_side(const GemmArgs& a, std::int64_t panel) { return a.side + panel * panel_side_floats(*a.layout); }
 
-// out[row] = dtype(c[row] + bias), `columns` of 32
+// out[row] = dtype(c[panel][row] + bias[panel]), row by row; `columns` of all panels together, the last of which may have fewer than 32
 struct StoreArgs {
   const float* c;
-  const float* bias;            // [32] or null
+  std::int64_t c_panel_stride;  // floats
+  const float* bias;            // [panels][32] or null
   std::int64_t rows;
   int columns;
   void* out;
