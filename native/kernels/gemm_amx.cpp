@@ -30,12 +30,16 @@ struct Int8Visit {
   float* c = nullptr;
   const std::int32_t* high = nullptr;  // null: none
   const float* side = nullptr;         // scales of the panel's columns; null: more chunks follow
+  const std::byte* listed = nullptr;   // the panel, where high halves are listed
+  Units units{};                       // of the chunk
 
   static void visit(const Int8Visit& v, int first, int last) {
     if (v.side == nullptr) {
-      for (int line = first * 2; line < last * 2; ++line) {
-        auto* at = reinterpret_cast<std::int32_t*>(v.c) + line * kLanes;
-        store(at, load<I>(at) + (load<I>(v.high + line * kLanes) << 7));
+      for (int row = first; row < last; ++row) {
+        I high[2];
+        high_sums(v, row, high);
+        auto* at = reinterpret_cast<std::int32_t*>(v.c) + row * kPanelColumns;
+        for (int t = 0; t < 2; ++t) store(at + t * kLanes, load<I>(at + t * kLanes) + (high[t] << 7));
       }
       return;
     }
@@ -43,12 +47,33 @@ struct Int8Visit {
     for (int row = first; row < last; ++row) {
       const auto offset = static_cast<std::int32_t>(static_cast<std::uint32_t>(v.block->sum[row]) * kInt8Offset);
       const F scale = splat(v.block->scale[row]);
+      I high[2];
+      high_sums(v, row, high);
       for (int t = 0; t < 2; ++t) {
         float* at = v.c + row * kPanelColumns + t * kLanes;
-        I total = load<I>(at) - offset;
-        if (v.high != nullptr) total += load<I>(v.high + row * kPanelColumns + t * kLanes) << 7;
+        const I total = load<I>(at) - offset + (high[t] << 7);
         store(at, to_float(total) * (side[t] * scale));
       }
+    }
+  }
+
+  // Those of lists are found here: vectors have nothing else to do while the tiles multiply the next block.
+  NUMAGRAFT_INLINE void high_sums(const Int8Visit& v, int row, I (&sums)[2]) {
+    sums[0] = sums[1] = I{};
+    if (v.listed != nullptr) {
+      const RowLists& lists = v.block->lists;
+      const std::uint16_t* begin = lists.begin + row * (lists.units + 1);
+      const ListedFour* four = lists.fours + row * lists.stride + begin[v.units.first];
+      const ListedFour* const end = lists.fours + row * lists.stride + begin[v.units.last];
+#pragma GCC unroll 2
+      for (; four < end; ++four) {
+        const std::byte* weights = v.listed + four->at;
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(four->high));
+        sums[0] = (I)_mm512_dpbusd_epi32((__m512i)sums[0], _mm512_loadu_si512(weights), high);
+        sums[1] = (I)_mm512_dpbusd_epi32((__m512i)sums[1], _mm512_loadu_si512(weights + kTileBytes), high);
+      }
+    } else if (v.high != nullptr) {
+      for (int t = 0; t < 2; ++t) sums[t] = load<I>(v.high + row * kPanelColumns + t * kLanes);
     }
   }
 };
@@ -104,6 +129,13 @@ void gemm_int8(const GemmArgs& a) {
         decltype(passes)::finish(passes);
         if (!multiply_one_tile<Multiply::by_unsigned>(block, {first, last}, weights, ahead, resumed, c, high)) visit.high = nullptr;
         if (visit.high != nullptr || side != nullptr) Int8Visit::visit(visit, 0, block.rows);
+        continue;
+      }
+      if (block.lists.fours != nullptr) {
+        visit.high = nullptr;
+        visit.listed = w;
+        visit.units = {first, last};
+        decltype(passes)::run(passes, units_of(block, {first, last}, false, weights), resumed, c, visit, ahead);
         continue;
       }
       const Units high_units = high_units_of(block, layout.units, first, last);

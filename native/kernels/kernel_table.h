@@ -18,6 +18,23 @@ static inline std::int64_t element_bytes(RowForm form) {
   return form == RowForm::f32 ? 4 : form == RowForm::halves ? 1 : 2;
 }
 
+// High halves as lists: of each row, the groups of four inputs that have one, in order. A list holds at most kListedPerUnit of
+// a unit's 16 groups in the mean, which the row's scale sees to: values beyond int8 are beyond 127 kListedError sqrt(12) of
+// the row's typical size, and of no row are more than one in 8.3.
+inline constexpr float kListedError = 0.015f;
+inline constexpr std::int64_t kListedPerUnit = 8;
+struct ListedFour {
+  std::uint32_t at;    // of their weights for the first 16 columns, in bytes of an int8 panel
+  std::uint32_t high;  // four high halves
+};
+struct RowLists {
+  ListedFour* fours = nullptr;     // [rows][stride]; null: the high halves are not listed
+  std::uint16_t* begin = nullptr;  // [rows][units + 1]: the first of a unit
+  std::int64_t stride = 0;
+  std::int64_t units = 0;
+};
+inline constexpr std::int64_t kMostListedUnits = 65535 / kListedPerUnit;
+
 // Up to 32 prepared input rows. Element (row, k) lies at low + ((k / 64) * stride_rows + row) * 64 + k % 64, in elements:
 // with 16 or 32 rows a unit is then one or two tile operands.
 struct RowBlock {
@@ -27,6 +44,7 @@ struct RowBlock {
   const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
   const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each, or null
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
+  RowLists lists;                         // instead of `high` and `flags`
   int rows = 0;
   int stride_rows = 0;
 };
@@ -51,6 +69,7 @@ struct PrepareArgs {
   std::int64_t group_stride;    // floats between units
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
+  RowLists lists;               // of the row; instead of `high` and `flags`. Needs a target_error of kListedError or more
 };
 
 // c[panel][row][32] = inputs x weights, scaled, without bias, for consecutive panels; `rows` counts over all blocks. A
@@ -144,6 +163,7 @@ struct KernelTable {
   RowForm fp8_form;
   int reround_rows_from;        // rows from which int4 and mxfp4 are re-rounded to int8 per column and chunk; 0: never
   int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
+  bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);

@@ -125,15 +125,31 @@ NUMAGRAFT_INLINE void store_two_sums(float* to, __m512i first, __m512i second) {
 
 // Units whose lines are asked for before they are written: in a block they lie 2 KiB apart, and no hardware foresees them.
 constexpr std::int64_t kUnitsAhead = 8;
+constexpr std::int64_t kInt8UnitBytes = kUnitInputs * kPanelColumns;
+
+// Adds a unit's groups of four that have a high half to the row's list, which `listed` are in; returns how many.
+NUMAGRAFT_INLINE int list_unit(const RowLists& lists, std::int64_t unit, __m512i high, std::int64_t listed) {
+  const __mmask16 mask = _mm512_test_epi32_mask(high, high);
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(unit * kInt8UnitBytes)), _mm512_slli_epi32(places, 6));
+  const __m512i found = _mm512_maskz_compress_epi32(mask, high);
+  const __m512i found_at = _mm512_maskz_compress_epi32(mask, at);
+  // Whole vectors: what is behind the list is overwritten by what follows, or never read.
+  const __m512i pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  _mm512_storeu_si512(lists.fours + listed, _mm512_permutex2var_epi32(found_at, pairs, found));
+  _mm512_storeu_si512(lists.fours + listed + 8, _mm512_permutex2var_epi32(found_at, _mm512_add_epi32(pairs, _mm512_set1_epi32(8)), found));
+  return __builtin_popcount(mask);
+}
 
 // What the loop of `quantise` does for halves, 64 integers at a time. Returns the row's sum.
-template <bool one_half, bool sums>
+template <bool one_half, bool sums, bool lists>
 NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
+  std::int64_t listed = 0;
   const __m512i ones = _mm512_set1_epi16(1);
   __m512i total = _mm512_setzero_si512();
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
     __builtin_prefetch(a.low + (unit + kUnitsAhead) * a.unit_stride, 1);
-    __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
+    if constexpr (!lists) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
     __m512i q[2];
     unit_integers(a, unit, inverse, q);
     const __m512i first = _mm512_madd_epi16(q[0], ones);
@@ -148,18 +164,26 @@ NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
         upper[v] = _mm512_maskz_srai_epi16(wide[v], _mm512_add_epi16(q[v], _mm512_set1_epi16(64)), 7);
         q[v] = _mm512_sub_epi16(q[v], _mm512_slli_epi16(upper[v], 7));
       }
-      if ((wide[0] | wide[1]) != 0) set_flag(a, unit);
+      if (!lists && (wide[0] | wide[1]) != 0) set_flag(a, unit);
     }
-    _mm512_storeu_si512(a.high + unit * a.unit_stride, one_half ? upper[0] : unit_bytes(upper[0], upper[1]));
+    const __m512i high = one_half ? upper[0] : unit_bytes(upper[0], upper[1]);
+    if constexpr (lists) {
+      a.lists.begin[unit] = static_cast<std::uint16_t>(listed);
+      if constexpr (!one_half) listed += list_unit(a.lists, unit, high, listed);
+    } else {
+      _mm512_storeu_si512(a.high + unit * a.unit_stride, high);
+    }
     _mm512_storeu_si512(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]));
   }
+  if constexpr (lists) a.lists.begin[a.units] = static_cast<std::uint16_t>(listed);
   return _mm512_reduce_add_epi32(total);
 }
 
 // A row of NaN: integers of 0.
 NUMAGRAFT_INLINE void clear_units(const PrepareArgs& a) {
+  if (a.lists.fours != nullptr) __builtin_memset(a.lists.begin, 0, static_cast<std::size_t>(a.units + 1) * sizeof *a.lists.begin);
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    _mm512_storeu_si512(a.high + unit * a.unit_stride, _mm512_setzero_si512());
+    if (a.lists.fours == nullptr) _mm512_storeu_si512(a.high + unit * a.unit_stride, _mm512_setzero_si512());
     _mm512_storeu_si512(a.low + unit * a.unit_stride, _mm512_setzero_si512());
     if (a.group_sum != nullptr) a.group_sum[unit * a.group_stride] = a.group_sum[unit * a.group_stride + 1] = 0.0f;
   }
@@ -182,10 +206,12 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
       *a.sum = 0;
       return clear_units(a);
     }
-    if (a.group_sum != nullptr) {
-      *a.sum = one_half ? quantise_units<true, true>(a, inverse) : quantise_units<false, true>(a, inverse);
+    if (a.lists.fours != nullptr) {
+      *a.sum = one_half ? quantise_units<true, false, true>(a, inverse) : quantise_units<false, false, true>(a, inverse);
+    } else if (a.group_sum != nullptr) {
+      *a.sum = one_half ? quantise_units<true, true, false>(a, inverse) : quantise_units<false, true, false>(a, inverse);
     } else {
-      *a.sum = one_half ? quantise_units<true, false>(a, inverse) : quantise_units<false, false>(a, inverse);
+      *a.sum = one_half ? quantise_units<true, false, false>(a, inverse) : quantise_units<false, false, false>(a, inverse);
     }
     return;
   }

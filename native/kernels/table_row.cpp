@@ -23,6 +23,7 @@ const KernelTable kernels = {
     NUMAGRAFT_FP8_FORM,
     NUMAGRAFT_TILES ? kReroundRowsFrom : 0,
     NUMAGRAFT_TILES ? 2 : 0,
+    NUMAGRAFT_TILES,
     &prepare,
     &gemm,
     &store_rows,

@@ -81,7 +81,7 @@ class ExpertsWeights {
   void prepare_inputs(const Call& call, Range needed, std::byte* inputs, std::byte* row) const;
   void gate_and_up(const Call& call, Seat& seat, Reader& reader) const;
   void gate_and_up_of(const Call& call, Seat& seat, std::size_t expert, Range pairs_of_panels, Reader& reader) const;
-  void prepare_inner(const Work& work, Range pairs) const;
+  void prepare_inner(const Call& call, const Work& work, Range pairs) const;
   void multiply_down(const Call& call, Seat& seat, Range panels, Reader& reader) const;
   void add_shards(const Call& call, const Worker& worker) const;
 

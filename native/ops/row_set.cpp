@@ -10,7 +10,7 @@ std::size_t whole_lines(std::size_t bytes) { return (bytes + kLine - 1) / kLine 
 
 }  // namespace
 
-RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows)
+RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows, bool lists)
     : kernels_(&kernels),
       form_(row_form(kernels, kind)),
       k_(k),
@@ -18,6 +18,7 @@ RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std:
       rows_(rows),
       block_rows_(block_rows),
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
+      lists_(lists && tiles_ && kernels.lists && kind == WeightKind::int8 && units_ <= kMostListedUnits),
       group_sums_(kind == WeightKind::int4 || kind == WeightKind::mxfp4),
       full_block_bytes_(offsets(block_rows).end),
       bytes_(rows == 0 ? 0 : block_offset(blocks() - 1) + offsets(stride_rows(blocks() - 1)).end) {}
@@ -35,7 +36,10 @@ RowSet::Offsets RowSet::offsets(int stride_rows) const {
   Offsets o{};
   o.low = 0;
   o.high = o.low + data;
-  o.scale = o.high + (form_ == RowForm::halves || form_ == RowForm::bf16_f16 ? data : 0);
+  const std::size_t list = rows * static_cast<std::size_t>(list_stride());
+  const std::size_t begins = rows * (units + 1) * sizeof(std::uint16_t);
+  const std::size_t high = form_ == RowForm::halves || form_ == RowForm::bf16_f16 ? data : 0;
+  o.scale = o.high + (listed(stride_rows) ? whole_lines(list * sizeof(ListedFour) + begins) : high);
   o.sum = o.scale + whole_lines(rows * sizeof(float));
   o.group_sum = o.sum + whole_lines(rows * sizeof(std::int32_t));
   o.flags = o.group_sum + (group_sums_ ? whole_lines(units * rows * 2 * sizeof(float)) : 0);
@@ -43,6 +47,18 @@ RowSet::Offsets RowSet::offsets(int stride_rows) const {
   o.end = o.flags + whole_lines(units);
   if (o.end / kLine % 2 == 0) o.end += kLine;
   return o;
+}
+
+RowLists RowSet::lists(std::byte* block, int stride_rows, std::int64_t first_row) const {
+  RowLists lists;
+  if (!listed(stride_rows)) return lists;
+  lists.stride = list_stride();
+  lists.units = units_;
+  const std::int64_t all = stride_rows * lists.stride;
+  lists.fours = reinterpret_cast<ListedFour*>(block + offsets(stride_rows).high);
+  lists.begin = reinterpret_cast<std::uint16_t*>(lists.fours + all) + first_row * (units_ + 1);
+  lists.fours += first_row * lists.stride;
+  return lists;
 }
 
 RowBlock RowSet::block(std::byte* base, std::int64_t index) const {
@@ -59,6 +75,7 @@ RowBlock RowSet::block(std::byte* base, std::int64_t index) const {
   block.flags = reinterpret_cast<const std::uint8_t*>(at + o.flags);
   block.rows = left < block_rows_ ? static_cast<int>(left) : block_rows_;
   block.stride_rows = stride;
+  block.lists = lists(at, stride, 0);
   return block;
 }
 
@@ -92,6 +109,7 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.group_stride = std::int64_t{stride} * 2;
   args.flags = reinterpret_cast<std::uint8_t*>(at + o.flags);
   args.flag_bit = static_cast<std::uint8_t>(1 << (in_block / 16));
+  args.lists = lists(at, stride, static_cast<std::int64_t>(in_block));
   kernels_->prepare(args);
 }
 

@@ -11,7 +11,8 @@ namespace numagraft {
 // full but the last. Arithmetic only; it owns nothing.
 class RowSet {
  public:
-  RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows = kBlockRows);
+  // `lists`: blocks whose kernel takes them have lists of high halves; rows are then prepared with kListedError or more.
+  RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows = kBlockRows, bool lists = false);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t blocks() const { return (rows_ + block_rows_ - 1) / block_rows_; }
@@ -38,6 +39,10 @@ class RowSet {
     std::size_t low, high, scale, sum, group_sum, flags, end;
   };
   Offsets offsets(int stride_rows) const;
+  // Of rows from the block's `first_row` on.
+  RowLists lists(std::byte* block, int stride_rows, std::int64_t first_row) const;
+  bool listed(int stride_rows) const { return lists_ && stride_rows > 16; }
+  std::int64_t list_stride() const { return units_ * kListedPerUnit + 16; }  // a vector is stored behind the last
   int stride_rows(std::int64_t block) const;
   std::size_t block_offset(std::int64_t block) const { return static_cast<std::size_t>(block) * full_block_bytes_; }
 
@@ -48,6 +53,7 @@ class RowSet {
   std::int64_t rows_;
   int block_rows_;
   bool tiles_;
+  bool lists_;
   bool group_sums_;  // int4 and mxfp4: a few rows of a block may meet vectors, which want them
   std::size_t full_block_bytes_;
   std::size_t bytes_;

@@ -29,7 +29,7 @@ GATES = [Gate("silu"), Gate("gelu"), Gate("gelu_tanh"), Gate("relu"), Gate("clam
 
 class Mixture:
     def __init__(
-        self, experts, hidden, intermediate, format, *, gate=GATES[0], isa=None, policy="bind", nodes=1, threads=1, bias=False
+        self, experts, hidden, intermediate, format, *, gate=GATES[0], isa=None, policy="bind", nodes=1, threads=1, bias=False, source=()
     ):
         rng = np.random.default_rng(0)
         self.experts, self.hidden, self.intermediate, self.gate = experts, hidden, intermediate, gate
@@ -50,7 +50,7 @@ class Mixture:
         self.source = {
             name: [(rng.standard_normal(shape) * by).astype(np.float32) for _ in range(experts)]
             for (name, shape), by in zip(shapes.items(), scale, strict=True)
-        }
+        } | dict(source)
         self.weights.load_experts(**{name: [matrix(m) for m in listed] for name, listed in self.source.items()})
         self.bias = {name: rng.standard_normal((experts, shape[0])).astype(np.float32) * bias for name, shape in shapes.items()}
         if bias:
@@ -202,6 +202,49 @@ def test_a_bad_row_stays_in_its_row(isa, kind, bad):
         assert not np.isfinite(found[1]).all()
         others = np.arange(tokens) != 1
         assert np.array_equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_high_halves_of_many_heavy_tailed_rows(isa):
+    mixture = Mixture(2, 96, 700, WeightFormat("int8"), isa=isa, threads=2)
+    rng = np.random.default_rng(7)
+    x = (rng.standard_normal((150, 96)) * np.exp(rng.standard_normal((150, 1)))).astype(np.float32)
+    x[3] = 0
+    ids, weights = routed(150, 2, 1)
+    found, expected = mixture(x, ids, weights), mixture.expected(x, ids, weights)
+    assert error(found, expected) <= EXPERTS_BAR["int8"], describe_worst(found, expected)
+    assert (found[3] == 0).all()
+    # Control: one half alone, of the step that the other half makes possible.
+    clipped = expected.copy()
+    for expert in range(2):
+        token = np.nonzero(ids[:, 0] == expert)[0]
+        g, u = (x[token] @ mixture.dequantised[name][expert].T for name in ("gate", "up"))
+        inner = apply_gate(mixture.gate, g, u)
+        most = 127 * 0.015 * np.sqrt(12) * np.minimum(np.sqrt((inner**2).mean(1)), 1.2533 * np.abs(inner).mean(1))[:, None]
+        clipped[token] = weights[token] * (np.clip(inner, -most, most) @ mixture.dequantised["down"][expert].T)
+    assert error(found, clipped) > 5 * EXPERTS_BAR["int8"]
+    # Replicas take other rows together, and must come to the same bits.
+    placed = Mixture(2, 96, 700, WeightFormat("int8"), isa=isa, policy="mirror", nodes=2)
+    np.testing.assert_array_equal(placed(x, ids, weights), found)
+
+
+@pytest.mark.parametrize("share", [0.118, 0.13], ids=["just two halves", "just one"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_as_many_high_halves_as_a_row_can_have(isa, share):
+    """As few inner values other than zero, all alike, as a scale with two halves is chosen for: any fewer have fewer of them."""
+    chosen = np.linspace(0, 639, int(share * 640)).round().astype(int)
+    gate = np.zeros((640, 64), np.float32)
+    gate[chosen, 0] = 1
+    up = np.zeros((640, 64), np.float32)
+    up[:, 0] = 1
+    mixture = Mixture(1, 64, 640, WeightFormat("int8"), gate=Gate("relu"), isa=isa, source={"gate": [gate], "up": [up]})
+    x = np.zeros((64, 64), np.float32)
+    x[:, 0] = np.linspace(1, 2, 64)
+    ids, weights = routed(64, 1, 1)
+    exact = weights * x[:, :1] ** 2 * mixture.dequantised["down"][0][:, chosen].sum(1)
+    found = mixture(x, ids, weights)
+    assert error(found, exact) <= EXPERTS_BAR["int8"], describe_worst(found, exact)
+    assert error(found, exact * 127 / 130) > EXPERTS_BAR["int8"]  # control: their low halves alone are nearly nothing
 
 
 def test_dtypes_and_strides():
