@@ -206,7 +206,8 @@ void gemm_bf16(const GemmArgs& a) {
   alignas(64) std::byte expanded[kChunkInputs / 2 * kPanelColumns * 2];
   if (layout.kind == WeightKind::fp8) prefetch_first_scales(a);
   const bool once = a.block_count == 1;
-  const std::int64_t units = once && layout.kind == WeightKind::bf16 ? a.last_unit - a.first_unit : layout.kind == WeightKind::bf16 ? chunk_units(a) / 2 : kFloatChunkUnits;
+  std::int64_t units = kFloatChunkUnits;  // fp8 is expanded into so much
+  if (layout.kind == WeightKind::bf16) units = once ? a.last_unit - a.first_unit : chunk_units(a) / 2;
   Passes<Multiply::bf16, NoVisit> passes;
   for_chunks(a, units, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;

@@ -23,6 +23,7 @@ static inline std::int64_t element_bytes(RowForm form) {
 // the row's typical size, and of no row are more than one in 8.3.
 inline constexpr float kListedError = 0.015f;
 inline constexpr std::int64_t kListedPerUnit = 8;
+static_assert(127 * kListedError * 3.4641f * 1.2533f * kListedPerUnit >= kUnitInputs);  // typical size: at most 1.2533 of the mean magnitude
 struct ListedFour {
   std::uint32_t at;    // of their weights for the first 16 columns, in bytes of an int8 panel
   std::uint32_t high;  // four high halves
