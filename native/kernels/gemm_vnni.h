@@ -111,12 +111,15 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   }
 }
 
-// Both tiles of a unit: sums[row][tile][group of 32 inputs].
-template <WeightKind kind, int rows>
-NG_INLINE void nibble_unit(const std::byte* w, const std::byte* x, __m512i lookup, bool fresh, __m512i (&sum)[rows][2][2]) {
+// Both tiles of a unit: sums[operand][tile][group of 32 inputs], of several rows or of one row's low and high halves. The
+// lines of scales are asked for between the weights': memory wants requests spread.
+template <WeightKind kind, int operands>
+NG_INLINE void nibble_unit(const std::byte* w, const std::byte* const (&x)[operands], __m512i lookup, bool fresh, const std::byte* scales,
+                           std::int64_t scale_bytes, __m512i (&sum)[operands][2][2]) {
   const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
+    if (fresh && i % 2 == 0 && i * 32 < scale_bytes) prefetch_line(scales + i * 32);
     __m512i values[2][2];
     for (int t = 0; t < 2; ++t) {
       const std::byte* line = w + t * 512 + i * 64;
@@ -129,9 +132,9 @@ NG_INLINE void nibble_unit(const std::byte* w, const std::byte* x, __m512i looku
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < operands; ++r) {
       for (int g = 0; g < 2; ++g) {
-        const __m512i v = four_inputs(x + r * kUnitInputs + g * 32 + i * 4);
+        const __m512i v = four_inputs(x[r] + g * 32 + i * 4);
         for (int t = 0; t < 2; ++t) sum[r][t][g] = _mm512_dpbusd_epi32(sum[r][t][g], values[t][g], v);
       }
     }
@@ -159,23 +162,36 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
     const std::int64_t at = unit * block.stride_rows + strip.first_row;
     const float* group_sum = block.group_sum + at * 2;
     const std::byte* scales = w + layout.data_bytes;
-    if (strip.fresh) {
-      for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
+    const std::int64_t scale_bytes = layout.unit_bytes - layout.data_bytes;
+    const std::byte* low[rows];
+    const std::byte* high[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      low[r] = block.low + (at + r) * kUnitInputs;
+      high[r] = block.high + (at + r) * kUnitInputs;
     }
     __m512i sum[rows][2][2];
     for (int r = 0; r < rows; ++r) {
       for (int t = 0; t < 2; ++t) sum[r][t][0] = sum[r][t][1] = _mm512_setzero_si512();
     }
-    if (block.flags[unit] & mask) {
-      nibble_unit<kind, rows>(w, block.high + at * kUnitInputs, lookup, strip.fresh, sum);
+    if (!(block.flags[unit] & mask)) {
+      nibble_unit<kind, rows>(w, low, lookup, strip.fresh, scales, scale_bytes, sum);
+    } else if constexpr (rows == 1) {
+      // One pass for both halves: a second one would leave memory idle.
+      __m512i both[2][2][2] = {{{sum[0][0][0], sum[0][0][1]}, {sum[0][1][0], sum[0][1][1]}},
+                               {{sum[0][0][0], sum[0][0][1]}, {sum[0][1][0], sum[0][1][1]}}};
+      nibble_unit<kind, 2>(w, {low[0], high[0]}, lookup, strip.fresh, scales, scale_bytes, both);
+      for (int t = 0; t < 2; ++t) {
+        for (int g = 0; g < 2; ++g) sum[0][t][g] = _mm512_add_epi32(both[0][t][g], _mm512_slli_epi32(both[1][t][g], 7));
+      }
+    } else {
+      nibble_unit<kind, rows>(w, high, lookup, strip.fresh, scales, scale_bytes, sum);
       for (int r = 0; r < rows; ++r) {
         for (int t = 0; t < 2; ++t) {
           for (int g = 0; g < 2; ++g) sum[r][t][g] = _mm512_slli_epi32(sum[r][t][g], 7);
         }
       }
-      nibble_unit<kind, rows>(w, block.low + at * kUnitInputs, lookup, false, sum);
-    } else {
-      nibble_unit<kind, rows>(w, block.low + at * kUnitInputs, lookup, strip.fresh, sum);
+      nibble_unit<kind, rows>(w, low, lookup, false, scales, 0, sum);
     }
 #pragma GCC unroll 2
     for (int t = 0; t < 2; ++t) {
