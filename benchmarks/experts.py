@@ -137,16 +137,18 @@ def prepared_calls(options: argparse.Namespace, layers: list[Any], *, experts: i
 def errors(
     options: argparse.Namespace, layer: Any, origin: list[list[np.ndarray]], *, experts: int
 ) -> dict[str, float]:
-    """Relative Frobenius errors of one call of up to 16 tokens against fp32: with the dequantised weights, which leaves what
-    the call itself loses, and with the weights before they were packed."""
+    """Relative Frobenius errors of one call's first tokens (up to 16) against fp32: with the dequantised weights, which
+    leaves what the call itself loses, and with the weights before they were packed."""
     from numagraft.native import Matrix
 
-    tokens = min(options.tokens, 16)
+    tokens = options.tokens
     made = next(rotation.calls(layers=1, experts=experts, topk=options.topk, tokens=tokens, seed=3))
     x = next(inputs(tokens, options.hidden, count=1, seed=99))
     out = np.empty((tokens, options.hidden), dtype=np.float32)
     ids = Matrix(made.ids.ctypes.data, "i64", tokens, options.topk, options.topk)
     layer.forward(view(x, dtype="bf16"), ids, view(made.weights, dtype="f32"), view(out, dtype="f32"))
+    compared = slice(0, 16)
+    chosen = made.ids[compared]
     unpacked: list[dict[int, np.ndarray]] = []
     for unpack, shape in (
         (layer.unpack_gate, (options.intermediate, options.hidden)),
@@ -154,13 +156,15 @@ def errors(
         (layer.unpack_down, (options.hidden, options.intermediate)),
     ):
         of_expert: dict[int, np.ndarray] = {}
-        for expert in np.unique(made.ids):
+        for expert in np.unique(chosen):
             of_expert[expert] = np.empty(shape, dtype=np.float32)
             unpack(int(expert), view(of_expert[expert], dtype="f32"))
         unpacked.append(of_expert)
-    before = [{int(expert): from_bf16(of[expert]) for expert in np.unique(made.ids)} for of in origin]
+    before = [{int(expert): from_bf16(of[expert]) for expert in np.unique(chosen)} for of in origin]
     return {
-        name: relative_error(out, experts_in_fp32(from_bf16(x), made.ids, made.weights, *of))
+        name: relative_error(
+            out[compared], experts_in_fp32(from_bf16(x[compared]), chosen, made.weights[compared], *of)
+        )
         for name, of in (("error_dequantised", unpacked), ("error_unquantised", before))
     }
 

@@ -69,9 +69,9 @@ def prepared_calls(options: argparse.Namespace, layers: list[Any]) -> Iterator[P
 
 
 def errors(options: argparse.Namespace, layer: Any) -> dict[str, float]:
-    """Relative Frobenius errors: of one call of up to 64 tokens against fp32 with the dequantised weights, and of those
-    weights against the Gaussian ones that were packed."""
-    tokens = min(options.tokens, 64)
+    """Relative Frobenius errors: of one call's first tokens (up to 64) against fp32 with the dequantised weights, and of
+    those weights against the Gaussian ones that were packed."""
+    tokens = options.tokens
     x = next(inputs(tokens, options.in_features, count=1, seed=99))
     out = np.empty((tokens, options.out_features), dtype=np.float32)
     layer.forward(view(x, dtype="bf16"), view(out, dtype="f32"))
@@ -79,7 +79,7 @@ def errors(options: argparse.Namespace, layer: Any) -> dict[str, float]:
     layer.unpack(view(weight, dtype="f32"))
     first = WeightSource(options.in_features * options.out_features).matrix(options.out_features, options.in_features)
     return {
-        "error_dequantised": relative_error(out, from_bf16(x) @ weight.T),
+        "error_dequantised": relative_error(out[:64], from_bf16(x[:64]) @ weight.T),
         "error_weights": relative_error(weight, from_bf16(first)),
     }
 
