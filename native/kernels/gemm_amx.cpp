@@ -19,7 +19,7 @@ constexpr int kLongChunksFrom = 3;         // blocks
 // The units whose high halves go with low ones [first, last) of the block. Where few have one, all of them go with the last,
 // and find their weights in L2: joining sums once a panel costs less than once a chunk.
 NUMAGRAFT_INLINE Units high_units_of(const RowBlock& block, std::int64_t units, std::int64_t first, std::int64_t last) {
-  if (block.stride_rows <= 16 || count_flagged(block, 0, units) * kFewHighUnits > units) return {first, last};
+  if (count_flagged(block, 0, units) * kFewHighUnits > units) return {first, last};
   return last < units ? Units{0, 0} : Units{0, units};
 }
 
@@ -88,8 +88,8 @@ NUMAGRAFT_INLINE std::int64_t chunk_behind(const GemmArgs& a, std::int64_t first
 // load; but the more of memory's time is waited for at its start, the fewer blocks go over it.
 std::int64_t chunk_units(const GemmArgs& a) { return a.block_count >= kLongChunksFrom ? 2 * kChunkUnits : kChunkUnits; }
 
-// Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Chunks that several blocks read
-// leave L1 room for the block's inputs; where weights are read once, the panel is one chunk and its sums stay in the tiles.
+// Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Where weights are read once,
+// the panel is one chunk and its sums stay in the tiles.
 template <class Body>
 NUMAGRAFT_INLINE void for_chunks(const GemmArgs& a, std::int64_t units, Body body) {
   const std::int64_t all = a.last_unit - a.first_unit;
@@ -124,26 +124,22 @@ void gemm_int8(const GemmArgs& a) {
     for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
       const RowBlock& block = a.blocks[b];
       const float* resumed = first > 0 ? c : nullptr;
-      Int8Visit visit{block.rows, &block, c, high, side};
+      Int8Visit visit{block.rows, &block, c, nullptr, side};
       if (block.stride_rows <= 16) {
         decltype(passes)::finish(passes);
-        if (!multiply_one_tile<Multiply::by_unsigned>(block, {first, last}, weights, ahead, resumed, c, high)) visit.high = nullptr;
+        if (multiply_one_tile<Multiply::by_unsigned>(block, {first, last}, weights, ahead, resumed, c, high)) visit.high = high;
         if (visit.high != nullptr || side != nullptr) Int8Visit::visit(visit, 0, block.rows);
         continue;
       }
+      const Units high_units = high_units_of(block, layout.units, first, last);
       if (block.lists.fours != nullptr) {
-        visit.high = nullptr;
         visit.listed = w;
         visit.units = {first, last};
-        decltype(passes)::run(passes, units_of(block, {first, last}, false, weights), resumed, c, visit, ahead);
-        continue;
-      }
-      const Units high_units = high_units_of(block, layout.units, first, last);
-      if (count_flagged(block, high_units.first, high_units.last) > 0) {
+      } else if (count_flagged(block, high_units.first, high_units.last) > 0) {
         decltype(passes)::run(passes, units_of(block, high_units, true, weights), nullptr, high, {}, ahead);
-      } else {
-        visit.high = nullptr;
-        if (side == nullptr) visit.rows = 0;
+        visit.high = high;
+      } else if (side == nullptr) {
+        visit.rows = 0;
       }
       decltype(passes)::run(passes, units_of(block, {first, last}, false, weights), resumed, c, visit, ahead);
     }
@@ -166,7 +162,7 @@ NUMAGRAFT_INLINE Operands float_operands(const RowBlock& block, std::int64_t ste
 }
 
 void bf16_one_tile(const std::byte* weights, const RowBlock& block, std::int64_t first, std::int64_t last, Ahead& ahead, float* c) {
-  first == 0 ? clear_results<false>() : load_results<false>(c);
+  first == 0 ? clear_results<false>() : load_results(c);
   for (std::int64_t at = 2 * first; at < 2 * last; ++at, weights += 2 * kTileBytes) {
     step<Multiply::bf16, false>(float_operands(block, at, weights), ahead);
   }

@@ -178,8 +178,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
       nibble_unit<kind, rows>(w, low, lookup, strip.fresh, scales, scale_bytes, sum);
     } else if constexpr (rows == 1) {
       // One pass for both halves: a second one would leave memory idle.
-      __m512i both[2][2][2] = {{{sum[0][0][0], sum[0][0][1]}, {sum[0][1][0], sum[0][1][1]}},
-                               {{sum[0][0][0], sum[0][0][1]}, {sum[0][1][0], sum[0][1][1]}}};
+      __m512i both[2][2][2] = {};
       nibble_unit<kind, 2>(w, {low[0], high[0]}, lookup, strip.fresh, scales, scale_bytes, both);
       for (int t = 0; t < 2; ++t) {
         for (int g = 0; g < 2; ++g) sum[0][t][g] = _mm512_add_epi32(both[0][t][g], _mm512_slli_epi32(both[1][t][g], 7));

@@ -52,7 +52,7 @@ template <Multiply how, class Weights>
 NUMAGRAFT_INLINE bool multiply_one_tile(const RowBlock& block, Units units, Weights weights, Ahead& ahead, const void* resumed, void* low,
                                         std::int32_t* high) {
   clear_results<true>();
-  if (resumed != nullptr) load_results<false>(resumed);
+  if (resumed != nullptr) load_results(resumed);
   bool any = false;
   for (std::int64_t unit = units.first; unit < units.last; ++unit) {
     const std::int64_t at = unit * 16 * kUnitInputs;

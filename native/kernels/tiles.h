@@ -53,15 +53,11 @@ NUMAGRAFT_INLINE void clear_results() {
     TILE_ZERO(3);
   }
 }
-template <bool two>
+// The first row tile's.
 NUMAGRAFT_INLINE void load_results(const void* c) {
   const auto* p = static_cast<const std::byte*>(c);
   TILE_LOAD(0, p, kRowBytes);
   TILE_LOAD(1, p + 64, kRowBytes);
-  if constexpr (two) {
-    TILE_LOAD(2, p + 16 * kRowBytes, kRowBytes);
-    TILE_LOAD(3, p + 16 * kRowBytes + 64, kRowBytes);
-  }
 }
 template <bool two>
 NUMAGRAFT_INLINE void store_results(void* c) {
