@@ -1,5 +1,5 @@
 // AVX2 and AVX-512 without VNNI: 16-bit multiply-adds. int8 weights meet the inputs' whole 16-bit integers; nibbles times
-// int8 halves are summed in 16 bits over a group, which cannot overflow: 8 x 2 x 15 x 127 = 30480.
+// int8 halves are summed in 16 bits over a group, which cannot overflow: 8 x 2 x 15 x 127 = 30480 (mxfp4: see WrappingSums).
 #include "kernels/gemm_float.h"
 #include "kernels/kernel_table.h"
 #include "kernels/row_strips.h"
@@ -81,58 +81,94 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   }
 }
 
-// Vectors [first, first + count) of a unit's columns over one group of 32 inputs: 32-bit sums.
-template <WeightKind kind, int group, int rows, int count>
-NG_INLINE void nibble_group(const std::byte* w, int first, const std::byte* const (&x)[rows], bool fresh, V (&sum)[rows][count]) {
-  constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
+NG_INLINE V repeat_four(const std::byte* inputs) {
+  int four;
+  __builtin_memcpy(&four, inputs, 4);
+  return repeat32(four);
+}
+
+// Adds lines [begin, end) of a group of 32 inputs, vectors [first, first + count) of a unit's columns, up in 16 bits; `onto`:
+// to what is in `narrow` already.
+template <WeightKind kind, int group, int begin, int end, bool onto, int rows, int count>
+NG_INLINE void nibble_lines(const std::byte* w, int first, const std::byte* const (&x)[rows], bool fresh, V (&narrow)[rows][count]) {
   const V mask = ones8(15);
   // e2m1 times two plus 12, by code
   const V table = repeat128(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-#pragma GCC unroll 2
-  for (int begin = 0; begin < 8; begin += run) {
-    V narrow[rows][count];
+  // The second group loads again what the first has loaded: gcc would keep all of it on the stack.
+  if constexpr (kind == WeightKind::mxfp4 && group == 1) asm volatile("" : "+r"(w));
 #pragma GCC unroll 8
-    for (int i = begin; i < begin + run; ++i) {
-      V values[count];
+  for (int i = begin; i < end; ++i) {
+    V inputs[rows];
+    V values[count];
+    // One row: inputs stay in registers while there are sums of two halves.
+    constexpr bool columns_first = kind == WeightKind::mxfp4 && rows < count;
+    if constexpr (columns_first) {
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r) inputs[r] = repeat_four(x[r] + group * 32 + i * 4);
+    }
 #pragma GCC unroll 4
-      for (int v = 0; v < count; ++v) {
-        const std::byte* from = w + (first + v) / kParts * 512 + i * 64 + (first + v) % kParts * kVectorBytes;
-        // Memory wants requests spread: where both tiles are read side by side, one tile's with either group.
-        if (fresh && (first + v) % kParts == 0 && (count < kVectors || (first + v) / kParts == group)) prefetch_line(from);
-        const V pair = load_bytes(from);
-        values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
-        if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) {
-        int four;
-        __builtin_memcpy(&four, x[r] + group * 32 + i * 4, 4);
-        const V inputs = repeat32(four);
-#pragma GCC unroll 4
-        for (int v = 0; v < count; ++v) {
-          const V product = maddubs(values[v], inputs);
-          narrow[r][v] = i == begin ? product : add16(narrow[r][v], product);
+    for (int v = 0; v < count; ++v) {
+      const std::byte* from = w + (first + v) / kParts * 512 + i * 64 + (first + v) % kParts * kVectorBytes;
+      // Memory wants requests spread: where both tiles are read side by side, one tile's with either group.
+      if (fresh && (first + v) % kParts == 0 && (count < kVectors || (first + v) / kParts == group)) prefetch_line(from);
+      const V pair = load_bytes(from);
+      values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
+      if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
+      if constexpr (columns_first) {
+#pragma GCC unroll 2
+        for (int r = 0; r < rows; ++r) {
+          const V product = maddubs(values[v], inputs[r]);
+          narrow[r][v] = i == begin && !onto ? product : add16(narrow[r][v], product);
           settle(narrow[r][v]);
         }
       }
     }
+    if constexpr (!columns_first) {
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows; ++r) {
+        const V input = repeat_four(x[r] + group * 32 + i * 4);
 #pragma GCC unroll 4
-      for (int v = 0; v < count; ++v) {
-        const V wide = madd(narrow[r][v], ones16());
-        sum[r][v] = begin == 0 ? wide : add32(sum[r][v], wide);
+        for (int v = 0; v < count; ++v) {
+          const V product = maddubs(values[v], input);
+          narrow[r][v] = i == begin && !onto ? product : add16(narrow[r][v], product);
+          settle(narrow[r][v]);
+        }
       }
     }
   }
 }
+
+// Vectors [first, first + count) of a unit's columns over one group of 32 inputs: 32-bit sums.
+template <WeightKind kind, int group, int rows, int count>
+NG_INLINE void nibble_group(const std::byte* w, int first, const std::byte* const (&x)[rows], bool fresh, V (&sum)[rows][count]) {
+  constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
+  V narrow[rows][count];
+  nibble_lines<kind, group, 0, run, false>(w, first, x, fresh, narrow);
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < count; ++v) sum[r][v] = madd(narrow[r][v], ones16());
+  }
+  if constexpr (run < 8) {
+    nibble_lines<kind, group, run, 8, false>(w, first, x, fresh, narrow);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < count; ++v) sum[r][v] = add32(sum[r][v], madd(narrow[r][v], ones16()));
+    }
+  }
+}
+
+// What sums of mxfp4 are multiplied by at the end, beside the row's scale: their weights are e2m1 times two.
+template <WeightKind kind>
+constexpr float kNibbleScale = kind == WeightKind::mxfp4 ? 0.5f : 1.0f;
 
 // Scale and minimum of one vector of columns and one group.
 template <WeightKind kind, bool symmetric>
 NG_INLINE void nibble_scales(const Layout& layout, const std::byte* scales, int vector, int group, VF& scale, VF& minimum) {
   const int index = (layout.unit_groups == 2 ? group : 0) * kPanelColumns + vector * kInt32s;
   if constexpr (kind == WeightKind::mxfp4) {
-    scale = mul(power_of_two(scales + index), repeat(0.5f));
+    scale = power_of_two(scales + index);
   } else {
     const auto* halves = reinterpret_cast<const std::uint16_t*>(scales);
     scale = widen_bf16(halves + index);
@@ -140,38 +176,85 @@ NG_INLINE void nibble_scales(const Layout& layout, const std::byte* scales, int 
   }
 }
 
-// One row: its sums stay in registers, and high and low halves meet the weights in one pass.
+// mxfp4 with one row: sums of 8 lines may wrap, as without the 12 of each weight they lie within 8 x 2 x 12 x 127 = 24384. So they
+// begin at -12 times the inputs that a 16-bit sum meets: of every four, the first two and the last two.
+constexpr std::int64_t kWrappingUnits = 512;
+struct WrappingSums {
+  const std::byte* low = nullptr;  // of the first unit: whose sums these are
+  std::int64_t units = 0;
+  std::int32_t begin[kWrappingUnits][2][2];  // [unit][low, high half][group]
+
+  NG_INLINE std::int32_t of_group(const std::byte* inputs) {
+    const __m256i twelve = _mm256_maddubs_epi16(_mm256_set1_epi8(kMxfp4Offset), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(inputs)));
+    __m128i sum = _mm_add_epi16(_mm256_castsi256_si128(twelve), _mm256_extracti128_si256(twelve, 1));
+    sum = _mm_add_epi16(sum, _mm_unpackhi_epi64(sum, sum));
+    sum = _mm_add_epi16(sum, _mm_shuffle_epi32(sum, 1));
+    return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), sum));
+  }
+  void prepare(const RowBlock& block, int row, std::int64_t first_unit, std::int64_t last_unit, std::uint8_t mask) {
+    const std::int64_t first = (first_unit * block.stride_rows + row) * kUnitInputs;
+    if (block.low + first == low && last_unit - first_unit == units) return;  // the panel before met the same inputs
+    low = block.low + first;
+    units = last_unit - first_unit;
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      const std::int64_t at = first + unit * block.stride_rows * kUnitInputs;
+      for (int group = 0; group < 2; ++group) {
+        begin[unit][0][group] = of_group(block.low + at + group * 32);
+        if (block.flags[first_unit + unit] & mask) begin[unit][1][group] = of_group(block.high + at + group * 32);
+      }
+    }
+  }
+};
+
+// One row: its sums stay in registers, and high and low halves meet the weights in one pass. `begin`: of WrappingSums.
 template <WeightKind kind, bool symmetric, int group>
 NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int row, std::int64_t unit, bool with_high, const std::byte* w,
-                             bool fresh, VF (&total)[kVectors]) {
-  constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
+                             bool fresh, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
+  constexpr bool wraps = kind == WeightKind::mxfp4;
   const std::int64_t at = unit * block.stride_rows + row;
-  V sum[1][kVectors];
+  V sum[kVectors];
   if (with_high) {
-    V both[2][kVectors];
-    nibble_group<kind, group, 2, kVectors>(w, 0, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, fresh, both);
+    V narrow[2][kVectors];
+    if constexpr (wraps) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[0][v] = add32(both[0][v], left7(both[1][v]));
+      for (int v = 0; v < kVectors; ++v) {
+        narrow[0][v] = repeat32(begin[0][group]);
+        narrow[1][v] = repeat32(begin[1][group]);
+      }
+    }
+    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w, 0, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, fresh, narrow);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] = add32(madd(narrow[0][v], ones16()), madd(narrow[1][v], repeat16(128)));
   } else {
-    nibble_group<kind, group, 1, kVectors>(w, 0, {block.low + at * kUnitInputs}, fresh, sum);
+    V narrow[1][kVectors];
+    if constexpr (wraps) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) narrow[0][v] = repeat32(begin[0][group]);
+    }
+    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w, 0, {block.low + at * kUnitInputs}, fresh, narrow);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] = madd(narrow[0][v], ones16());
   }
-  const VF inputs = repeat(block.group_sum[at * 2 + group]);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     VF scale, minimum;
     nibble_scales<kind, symmetric>(layout, w + layout.data_bytes, v, group, scale, minimum);
-    VF value = to_floats(sum[0][v]);
-    if constexpr (symmetric) value = fma(inputs, repeat(-offset), value);
+    VF value = to_floats(sum[v]);
+    if constexpr (!wraps) {
+      const VF inputs = repeat(block.group_sum[at * 2 + group]);
+      if constexpr (symmetric) value = fma(inputs, repeat(-8.0f), value);
+      if constexpr (!symmetric) total[v] = fma(minimum, inputs, total[v]);
+    }
     total[v] = fma(scale, value, total[v]);
-    if constexpr (!symmetric) total[v] = fma(minimum, inputs, total[v]);
   }
 }
 
 template <WeightKind kind, bool symmetric>
-void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
+void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[maybe_unused]] WrappingSums& wrapping, float* c) {
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::uint8_t mask = strip_flags(strip, 1);
+  if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, strip.first_row, strip.first_unit, strip.last_unit, mask);
   VF total[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) total[v] = strip.first_unit == 0 ? zero_float() : load_floats(c + v * kInt32s);
@@ -179,16 +262,18 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, float
     const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
     const bool with_high = block.flags[unit] & mask;
     const std::int64_t half = (layout.data_bytes + layout.unit_bytes) / 2;
+    const std::int32_t (*begin)[2] = nullptr;
+    if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - strip.first_unit];
     if (strip.fresh) {
       for (std::int64_t line = layout.data_bytes; line < half; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, total);
+    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, begin, total);
     if (strip.fresh) {
       for (std::int64_t line = half; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, total);
+    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, begin, total);
   }
-  const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] : 1.0f);
+  const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] * kNibbleScale<kind> : 1.0f);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store_floats(c + v * kInt32s, mul(total[v], scale));
 }
@@ -256,7 +341,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
   if (strip.last_unit < layout.units) return;
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
-    const VF scale = repeat(block.scale[strip.first_row + r]);
+    const VF scale = repeat(block.scale[strip.first_row + r] * kNibbleScale<kind>);
     for (int v = 0; v < kVectors; ++v) {
       float* to = c + r * kPanelColumns + v * kInt32s;
       store_floats(to, mul(load_floats(to), scale));
@@ -281,11 +366,12 @@ struct Nibbles {
   static constexpr int most_rows = kMostRows;
   static constexpr std::int64_t chunk_units = 4;  // sums go to c for every group: what matters is that L1 holds the inputs
   static constexpr std::int64_t few_strip_units = 4;
-  static constexpr std::int64_t single_strip_units = 0;
+  static constexpr std::int64_t single_strip_units = kind == WeightKind::mxfp4 ? kWrappingUnits : 0;
+  WrappingSums wrapping;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     if constexpr (rows == 1) {
-      nibble_row<kind, symmetric>(a, panel, strip, c);
+      nibble_row<kind, symmetric>(a, panel, strip, wrapping, c);
     } else {
       nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
     }

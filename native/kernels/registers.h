@@ -14,9 +14,9 @@
 namespace numagraft {
 namespace {
 
-// Lines are asked for this many bytes before they are read. Linear 4096x4096, one row, two threads, GB/s of 36 at 1, 2, 3, 4,
-// 6, 8 KiB: int8 32.1 30.9 31.7 30.0 29.6 29.2, int4 30.0 32.0 32.4 31.3 32.6 30.2, bf16 31.5 31.8 32.6 30.7 29.9 30.0.
-constexpr std::int64_t kPrefetchAhead = 3072;
+// Lines are asked for this many bytes before they are read; docs/kernels.md ("Distance") says what others give. Whole pages ahead
+// are the worst.
+constexpr std::int64_t kPrefetchAhead = 6656;
 NG_INLINE void prefetch_line(const std::byte* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1);
 }

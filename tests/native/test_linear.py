@@ -177,6 +177,28 @@ def test_the_largest_inputs_and_weights_do_not_overflow(isa):
         assert error(layer(x), layer.expected(x)) <= 2e-3
 
 
+@pytest.mark.parametrize("in_features", [256, 40960])
+@pytest.mark.parametrize("format", [WeightFormat("int4"), WeightFormat("mxfp4")], ids=name_of)
+@pytest.mark.parametrize("isa", ISAS)
+def test_sums_of_the_largest_four_bit_weights_do_not_overflow(isa, format, in_features):
+    """Each row of weights has one sign and the largest code; AVX2 adds products up in 16 bits, which may wrap on the way."""
+    signs = np.where(np.arange(34) % 2 == 0, 1, -1)[:, None]
+
+    def largest(values):
+        values = (signs * np.full_like(values, 6.0)).astype(np.float32)
+        values[:, ::32] = 0.5 * signs  # so that int4's groups have a range
+        return values
+
+    layer = Layer(34, in_features, format, isa=isa, bias=False, change=largest)
+    for inputs in (np.full(in_features, 3.0), np.where(np.arange(in_features) % 4 < 2, 3.0, 0.0), np.full(in_features, -3.0)):
+        x = np.repeat(inputs[None], 3, axis=0).astype(np.float32)
+        x[2, 5] *= 60  # a high half
+        expected = layer.expected(x)
+        for tokens in (slice(0, 1), slice(2, 3), slice(0, 3)):
+            found = layer(x[tokens])
+            assert error(found, expected[tokens]) <= 1e-2, describe_worst(found, expected[tokens])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_dtypes_and_strides_of_inputs_and_outputs(isa, kind):
