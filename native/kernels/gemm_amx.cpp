@@ -15,6 +15,8 @@ namespace {
 
 constexpr std::int64_t kFewHighUnits = 3;  // one in so many
 constexpr int kLongChunksFrom = 3;         // blocks
+constexpr int kListsAhead = 4;             // rows
+constexpr int kInt8RowsPerStep = 2;        // of a visit: lists take as long as products, and share their time evenly
 
 // The units whose high halves go with low ones [first, last) of the block. Where few have one, all of them go with the last,
 // and find their weights in L2: joining sums once a panel costs less than once a chunk.
@@ -57,14 +59,23 @@ struct Int8Visit {
     }
   }
 
+  // The chunk's part of a row's list: two lines at most of it are read as a rule, which nothing else has brought to L1.
+  NUMAGRAFT_INLINE void prefetch_list(const Int8Visit& v, int row) {
+    const RowLists& lists = v.block->lists;
+    const auto* first = reinterpret_cast<const char*>(lists.fours + row * lists.stride + lists.begin[v.units.first * lists.rows + row]);
+    _mm_prefetch(first, _MM_HINT_T0);
+    _mm_prefetch(first + 64, _MM_HINT_T0);
+  }
+
   // Those of lists are found here: vectors have nothing else to do while the tiles multiply the next block.
   NUMAGRAFT_INLINE void high_sums(const Int8Visit& v, int row, I (&sums)[2]) {
     sums[0] = sums[1] = I{};
     if (v.listed != nullptr) {
       const RowLists& lists = v.block->lists;
-      const std::uint16_t* begin = lists.begin + row * (lists.units + 1);
-      const ListedFour* four = lists.fours + row * lists.stride + begin[v.units.first];
-      const ListedFour* const end = lists.fours + row * lists.stride + begin[v.units.last];
+      const std::uint16_t* begin = lists.begin + row;
+      const ListedFour* four = lists.fours + row * lists.stride + begin[v.units.first * lists.rows];
+      const ListedFour* const end = lists.fours + row * lists.stride + begin[v.units.last * lists.rows];
+      if (row + kListsAhead < v.rows) prefetch_list(v, row + kListsAhead);
 #pragma GCC unroll 2
       for (; four < end; ++four) {
         const std::byte* weights = v.listed + four->at;
@@ -107,7 +118,7 @@ void gemm_int8(const GemmArgs& a) {
   const std::int64_t units = a.last_unit - a.first_unit;
   const bool once = count_steps(a, a.first_unit, a.last_unit) == units;
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
-  Passes<Multiply::by_unsigned, Int8Visit> passes;
+  Passes<Multiply::by_unsigned, Int8Visit, kInt8RowsPerStep> passes;
   for_chunks(a, once ? units : chunk_units(a), [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* w = a.panel + panel * layout.panel_bytes;
     const std::int64_t bytes = (last - first) * layout.unit_bytes;

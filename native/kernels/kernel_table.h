@@ -30,9 +30,9 @@ struct ListedFour {
 };
 struct RowLists {
   ListedFour* fours = nullptr;     // [rows][stride]; null: the high halves are not listed
-  std::uint16_t* begin = nullptr;  // [rows][units + 1]: the first of a unit
+  std::uint16_t* begin = nullptr;  // [units + 1][rows]: the first of a unit
   std::int64_t stride = 0;
-  std::int64_t units = 0;
+  std::int64_t rows = 0;
 };
 inline constexpr std::int64_t kMostListedUnits = 65535 / kListedPerUnit;
 

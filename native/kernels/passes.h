@@ -9,7 +9,8 @@ namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
 // A Visit has `rows`, to be visited (0: none), and `static void visit(const Visit&, int first, int last)`.
-template <Multiply how, class Visit>
+// `rows_per_step`: visited after each step.
+template <Multiply how, class Visit, int rows_per_step = 4>
 class Passes {
  public:
   // `next(Operands&)` says what is multiplied, until it returns false; there is at least one. The results are added to what
@@ -33,7 +34,7 @@ class Passes {
     while (next(operands)) {
       step<how, true>(operands, ahead);
       if (visited < p.visit_.rows) {
-        const int end = visited + kRowsPerStep < p.visit_.rows ? visited + kRowsPerStep : p.visit_.rows;
+        const int end = visited + rows_per_step < p.visit_.rows ? visited + rows_per_step : p.visit_.rows;
         Visit::visit(p.visit_, visited, end);
         visited = end;
       }
@@ -52,7 +53,6 @@ class Passes {
   }
 
  private:
-  static constexpr int kRowsPerStep = 4;
   std::byte* to_ = nullptr;  // of the results in the tiles; null: there are none
   Visit visit_{};            // of these
 };

@@ -168,20 +168,20 @@ NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
     }
     const __m512i high = one_half ? upper[0] : unit_bytes(upper[0], upper[1]);
     if constexpr (lists) {
-      a.lists.begin[unit] = static_cast<std::uint16_t>(listed);
+      a.lists.begin[unit * a.lists.rows] = static_cast<std::uint16_t>(listed);
       if constexpr (!one_half) listed += list_unit(a.lists, unit, high, listed);
     } else {
       _mm512_storeu_si512(a.high + unit * a.unit_stride, high);
     }
     _mm512_storeu_si512(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]));
   }
-  if constexpr (lists) a.lists.begin[a.units] = static_cast<std::uint16_t>(listed);
+  if constexpr (lists) a.lists.begin[a.units * a.lists.rows] = static_cast<std::uint16_t>(listed);
   return _mm512_reduce_add_epi32(total);
 }
 
 // A row of NaN: integers of 0.
 NUMAGRAFT_INLINE void clear_units(const PrepareArgs& a) {
-  if (a.lists.fours != nullptr) __builtin_memset(a.lists.begin, 0, static_cast<std::size_t>(a.units + 1) * sizeof *a.lists.begin);
+  for (std::int64_t unit = 0; a.lists.fours != nullptr && unit <= a.units; ++unit) a.lists.begin[unit * a.lists.rows] = 0;
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
     if (a.lists.fours == nullptr) _mm512_storeu_si512(a.high + unit * a.unit_stride, _mm512_setzero_si512());
     _mm512_storeu_si512(a.low + unit * a.unit_stride, _mm512_setzero_si512());

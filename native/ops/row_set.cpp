@@ -53,10 +53,10 @@ RowLists RowSet::lists(std::byte* block, int stride_rows, std::int64_t first_row
   RowLists lists;
   if (!listed(stride_rows)) return lists;
   lists.stride = list_stride();
-  lists.units = units_;
+  lists.rows = stride_rows;
   const std::int64_t all = stride_rows * lists.stride;
   lists.fours = reinterpret_cast<ListedFour*>(block + offsets(stride_rows).high);
-  lists.begin = reinterpret_cast<std::uint16_t*>(lists.fours + all) + first_row * (units_ + 1);
+  lists.begin = reinterpret_cast<std::uint16_t*>(lists.fours + all) + first_row;
   lists.fours += first_row * lists.stride;
   return lists;
 }
