@@ -18,29 +18,34 @@ constexpr std::int64_t kFloatChunkUnits = kChunkInputs / kUnitInputs / 2;
 // inputs, so that every second and third input change places.
 constexpr std::int64_t kHalfUnit = kUnitInputs / 2 * kPanelColumns;
 constexpr int input_at(int place) { return kParts == 2 ? place : (place & ~3) | (place & 1) << 1 | (place & 2) >> 1; }
-NG_INLINE void expand_half_unit(const std::byte* bytes, std::uint16_t* to) {
-  const E4m3AsF16 convert;
-  for (int line = 0; line < 8; ++line) {
+NG_INLINE void expand_line(const E4m3AsF16& convert, const std::byte* bytes, int line, std::uint16_t* to) {
 #pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t) {
-      const std::byte* from = bytes + t * 512 + line * 64;
-      prefetch_line(from);
+  for (int t = 0; t < 2; ++t) {
+    const std::byte* from = bytes + t * 512 + line * 64;
+    prefetch_line(from);
 #pragma GCC unroll 2
-      for (int part = 0; part < kParts; ++part) {
-        const V pairs = load_bytes(from + part * kVectorBytes);
-        std::uint16_t* into = to + t * (kHalfUnit / 2) + line * 64 + part * kVectorBytes;
-        store_bytes(into, E4m3AsF16::even(convert, pairs));
-        store_bytes(into + kVectorBytes / 2, E4m3AsF16::odd(convert, pairs));
-      }
+    for (int part = 0; part < kParts; ++part) {
+      const V pairs = load_bytes(from + part * kVectorBytes);
+      std::uint16_t* into = to + t * (kHalfUnit / 2) + line * 64 + part * kVectorBytes;
+      store_bytes(into, E4m3AsF16::even(convert, pairs));
+      store_bytes(into + kVectorBytes / 2, E4m3AsF16::odd(convert, pairs));
     }
   }
 }
+NG_INLINE void expand_half_unit(const std::byte* bytes, std::uint16_t* to) {
+  const E4m3AsF16 convert;
+  for (int line = 0; line < 8; ++line) expand_line(convert, bytes, line, to);
+}
 
 // Adds rows [0, rows) x 32 inputs. One row adds even and odd inputs up apart: one addition waits for the one before.
-template <int rows, int sums>
-NG_INLINE void f16_half_unit(const std::uint16_t* w, const float* x, VF (&sum)[rows][kFloatVectors][sums]) {
+// `expanding`: meanwhile `next`, to where `to` points; the two want different ports, and stores time to arrive.
+template <int rows, int sums, bool expanding>
+NG_INLINE void f16_half_unit(const std::uint16_t* w, const float* x, [[maybe_unused]] const std::byte* next, [[maybe_unused]] std::uint16_t* to,
+                             VF (&sum)[rows][kFloatVectors][sums]) {
+  const E4m3AsF16 convert;
 #pragma GCC unroll 1
   for (int four = 0; four < 8; ++four) {
+    if constexpr (expanding) expand_line(convert, next, four, to);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       VF weights[kFloatVectors];
@@ -79,7 +84,7 @@ NG_INLINE void bf16_half_unit(const std::byte* w, const float* x, bool fresh, VF
   }
 }
 
-// `expanded`: fp8 weights of the chunk, which the first strip leaves there for the others.
+// `expanded_units`: fp8 weights of the chunk, which the first strip leaves there for the others; a strip alone needs two halves of a unit.
 // Not inlined: in one function with its siblings the registers of each are shared out worse (fp8: 2 to 10 %).
 template <WeightKind kind, int rows>
 __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[maybe_unused]] std::uint16_t* expanded_units, float* c) {
@@ -105,9 +110,22 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
         if constexpr (kind == WeightKind::bf16) {
           bf16_half_unit<rows, sums>(w + half * 2048, x + half * 32, strip.fresh, sum);
         } else {
-          std::uint16_t* expanded = expanded_units + ((unit - strip.first_unit) * 2 + half) * kHalfUnit;
-          if (strip.fresh) expand_half_unit(w + half * 1024, expanded);
-          f16_half_unit<rows, sums>(expanded, x + half * 32, sum);
+          const std::byte* bytes = w + half * 1024;
+          if (rows == 1 && strip.alone) {
+            std::uint16_t* expanded = expanded_units + half * kHalfUnit;
+            std::uint16_t* other = expanded_units + (1 - half) * kHalfUnit;
+            if (unit == strip.first_unit && half == 0) expand_half_unit(bytes, expanded);
+            if (unit + 1 < strip.last_unit || half == 0) {
+              f16_half_unit<rows, sums, rows == 1>(expanded, x + half * 32, bytes + 1024, other, sum);
+            } else {
+              f16_half_unit<rows, sums, false>(expanded, x + half * 32, nullptr, nullptr, sum);
+            }
+          } else {
+            const std::int64_t place = strip.alone ? 0 : (unit - strip.first_unit) * 2 + half;
+            std::uint16_t* expanded = expanded_units + place * kHalfUnit;
+            if (strip.fresh) expand_half_unit(bytes, expanded);
+            f16_half_unit<rows, sums, false>(expanded, x + half * 32, nullptr, nullptr, sum);
+          }
         }
       }
     }
@@ -136,7 +154,7 @@ struct Floats {
   static constexpr int most_rows = kFloatRows<kind>;
   static constexpr std::int64_t chunk_units = kFloatChunkUnits;
   static constexpr std::int64_t few_strip_units = kFp8Block / kUnitInputs;
-  static constexpr std::int64_t single_strip_units = kind == WeightKind::bf16 ? 0 : kFloatChunkUnits;
+  static constexpr std::int64_t single_strip_units = 0;
   alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

@@ -18,6 +18,7 @@ struct Strip {
   std::int64_t first_unit;
   std::int64_t last_unit;
   bool fresh;  // first strip over these weights: they come from memory
+  bool alone;  // no other strip meets them
 };
 
 // Those flags of a unit that say that one of the strip's rows has a high half.
@@ -59,7 +60,7 @@ void gemm_strips(const GemmArgs& a) {
         int row = 0;
         for (int i = 0; i < strips; ++i) {
           const int count = (block.rows - row + strips - i - 1) / (strips - i);
-          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0},
+          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0, all_strips == 1},
                                                c + row * kPanelColumns);
           row += count;
         }
