@@ -346,14 +346,8 @@ Range ExpertsWeights::needed_tokens(const Call& call, const Worker& worker, cons
 void ExpertsWeights::prepare_inputs(const Call& call, Range needed, std::byte* inputs, std::byte* row) const {
   const RowSet rows(*kernels_, format_.kind, shape_.hidden, call.tokens.end - call.tokens.begin, 1);
   for (std::int64_t token = needed.begin; token < needed.end; ++token) {
-    const std::int64_t at = call.tokens.begin + token;
-    const void* x = static_cast<const std::byte*>(call.x.data) + at * call.x.row_stride * (call.x.dtype == DType::f32 ? 4 : 2);
-    DType dtype = call.x.dtype;
-    if (call.x.column_stride != 1) {
-      for (std::int64_t k = 0; k < shape_.hidden; ++k) reinterpret_cast<float*>(row)[k] = load_element(call.x, at, k);
-      x = row;
-      dtype = DType::f32;
-    }
+    DType dtype;
+    const void* x = contiguous_row(call.x, call.tokens.begin + token, row, dtype);
     rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->reround_rows_from > 0));
   }
 }
@@ -489,8 +483,7 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
       args.count = 1;
       args.columns = columns;
       args.dtype = call.out.dtype;
-      args.out = static_cast<std::byte*>(const_cast<void*>(call.out.data)) +
-                 ((call.tokens.begin + work.tokens.begin + token) * call.out.row_stride + first * kPanelColumns) * (call.out.dtype == DType::f32 ? 4 : 2);
+      args.out = element_at(call.out, call.tokens.begin + work.tokens.begin + token, first * kPanelColumns);
       kernels_->reduce(args);
     }
   }
@@ -510,7 +503,7 @@ void ExpertsWeights::add_shards(const Call& call, const Worker& worker) const {
     args.count = static_cast<int>(sources.size());
     args.columns = shape_.hidden;
     args.dtype = call.out.dtype;
-    args.out = static_cast<std::byte*>(const_cast<void*>(call.out.data)) + (call.tokens.begin + token) * call.out.row_stride * (call.out.dtype == DType::f32 ? 4 : 2);
+    args.out = element_at(call.out, call.tokens.begin + token);
     kernels_->reduce(args);
   }
 }

@@ -199,22 +199,8 @@ namespace {
 // Asks memory for a row while the one before it is prepared.
 void prefetch_row(const MatrixView& x, std::int64_t row) {
   if (x.column_stride != 1) return;
-  const std::int64_t bytes = x.dtype == DType::f32 ? 4 : 2;
-  const auto* values = static_cast<const std::byte*>(x.data) + row * x.row_stride * bytes;
-  for (std::int64_t at = 0; at < x.columns * bytes; at += 64) __builtin_prefetch(values + at, 0, 2);
-}
-
-// A row whose values are contiguous: its own memory, or a copy.
-const void* contiguous_row(const MatrixView& x, std::int64_t row, std::byte* copy, DType& dtype) {
-  dtype = x.dtype;
-  if (x.column_stride == 1) {
-    const std::int64_t bytes = x.dtype == DType::f32 ? 4 : 2;
-    return static_cast<const std::byte*>(x.data) + row * x.row_stride * bytes;
-  }
-  dtype = DType::f32;
-  auto* values = reinterpret_cast<float*>(copy);
-  for (std::int64_t k = 0; k < x.columns; ++k) values[k] = load_element(x, row, k);
-  return values;
+  const std::byte* const end = element_at(x, row, x.columns);
+  for (const std::byte* at = element_at(x, row); at < end; at += 64) __builtin_prefetch(at, 0, 2);
 }
 
 }  // namespace
@@ -281,7 +267,6 @@ void LinearWeights::multiply_blocks(const Call& call, const Worker& worker, int 
   }
 
   const Part& part = parts_[static_cast<std::size_t>(part_index)];
-  const std::int64_t element = call.out.dtype == DType::f32 ? 4 : 2;
   std::vector<RowBlock> views(static_cast<std::size_t>(together));
   for (std::int64_t first = blocks.begin; first < blocks.end; first += together) {
     const std::int64_t count = std::min(together, blocks.end - first);
@@ -301,8 +286,7 @@ void LinearWeights::multiply_blocks(const Call& call, const Worker& worker, int 
       store.columns = static_cast<int>(std::min(now * kPanelColumns, part.end - part.begin - panel * kPanelColumns));
       store.dtype = call.out.dtype;
       store.row_stride = call.out.row_stride;
-      store.out = static_cast<std::byte*>(const_cast<void*>(call.out.data)) +
-                  ((call.first + first * kBlockRows) * call.out.row_stride + part.begin + panel * kPanelColumns) * element;
+      store.out = element_at(call.out, call.first + first * kBlockRows, part.begin + panel * kPanelColumns);
       kernels_->store(store);
     }
     reader.read(buffers_[static_cast<std::size_t>(part_index)], weights.panel_offset(panels.begin), weights.panel_offset(panels.end));

@@ -169,6 +169,20 @@ float load_element(const MatrixView& from, std::int64_t row, std::int64_t column
   return from.dtype == DType::bf16 ? bf16_to_float(half) : f16_to_float(half);
 }
 
+std::byte* element_at(const MatrixView& matrix, std::int64_t row, std::int64_t column) {
+  const std::int64_t bytes = matrix.dtype == DType::f32 ? 4 : 2;
+  return static_cast<std::byte*>(const_cast<void*>(matrix.data)) + (row * matrix.row_stride + column) * bytes;
+}
+
+const void* contiguous_row(const MatrixView& x, std::int64_t row, std::byte* copy, DType& dtype) {
+  dtype = x.dtype;
+  if (x.column_stride == 1) return element_at(x, row);
+  dtype = DType::f32;
+  auto* values = reinterpret_cast<float*>(copy);
+  for (std::int64_t k = 0; k < x.columns; ++k) values[k] = load_element(x, row, k);
+  return values;
+}
+
 std::vector<std::string> format_problems(const WeightFormat& format) {
   std::vector<std::string> problems;
   const bool floating = format.kind == WeightKind::bf16 || format.kind == WeightKind::fp8;

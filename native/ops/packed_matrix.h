@@ -69,6 +69,10 @@ class RowUnpacker {
 // Writes one fp32 value into a view of any dtype.
 void store_element(const MatrixView& to, std::int64_t row, std::int64_t column, float value);
 float load_element(const MatrixView& from, std::int64_t row, std::int64_t column);
+// Where it lies, in a matrix of fp32 or 16-bit values whose columns are contiguous.
+std::byte* element_at(const MatrixView& matrix, std::int64_t row, std::int64_t column = 0);
+// A row's values one after the other: its own memory, or a copy as fp32. Sets their dtype.
+const void* contiguous_row(const MatrixView& x, std::int64_t row, std::byte* copy, DType& dtype);
 
 // Sum over a matrix's weights of the mean squared error of rounding them to its side table's int8 scales (step^2 / 12).
 double rerounding_noise(const PackedMatrix& matrix);
