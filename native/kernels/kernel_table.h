@@ -21,7 +21,7 @@ static inline std::int64_t element_bytes(RowForm form) {
 // High halves as lists: of each row, the groups of four inputs that have one, in order. A list holds at most kListedPerUnit of
 // a unit's 16 groups in the mean, which the row's scale sees to: values beyond int8 are beyond 127 kListedError sqrt(12) of
 // the row's typical size, and of no row are more than one in 8.3.
-inline constexpr float kListedError = 0.017f;
+inline constexpr float kListedError = 0.015f;
 inline constexpr std::int64_t kListedPerUnit = 8;
 static_assert(127 * kListedError * 3.4641f * 1.2533f * kListedPerUnit >= kUnitInputs);  // typical size: at most 1.2533 of the mean magnitude
 struct ListedFour {
