@@ -159,10 +159,6 @@ NG_INLINE void nibble_group(const std::byte* w, int first, const std::byte* cons
   }
 }
 
-// What sums of mxfp4 are multiplied by at the end, beside the row's scale: their weights are e2m1 times two.
-template <WeightKind kind>
-constexpr float kNibbleScale = kind == WeightKind::mxfp4 ? 0.5f : 1.0f;
-
 // Scale and minimum of one vector of columns and one group.
 template <WeightKind kind, bool symmetric>
 NG_INLINE void nibble_scales(const Layout& layout, const std::byte* scales, int vector, int group, VF& scale, VF& minimum) {

@@ -145,7 +145,6 @@ NG_INLINE void nibble_unit(const std::byte* w, const std::byte* const (&x)[opera
 template <WeightKind kind, bool symmetric, int rows>
 void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
-  constexpr float codes = kind == WeightKind::mxfp4 ? 0.5f : 1.0f;  // e2m1 times two
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::byte* weights = a.panel + panel * layout.panel_bytes;
@@ -222,7 +221,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
   const bool last = strip.last_unit == layout.units;
   for (int r = 0; r < rows; ++r) {
     for (int t = 0; t < 2; ++t) {
-      if (last) total[r][t] = _mm512_mul_ps(total[r][t], _mm512_set1_ps(block.scale[strip.first_row + r] * codes));
+      if (last) total[r][t] = _mm512_mul_ps(total[r][t], _mm512_set1_ps(block.scale[strip.first_row + r] * kNibbleScale<kind>));
       _mm512_storeu_ps(c + r * kPanelColumns + t * kTileColumns, total[r][t]);
     }
   }

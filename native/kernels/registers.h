@@ -50,7 +50,6 @@ NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
 NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
 NG_INLINE V right8(V a) { return _mm512_srli_epi16(a, 8); }
 NG_INLINE V signed_right1(V a) { return _mm512_srai_epi16(a, 1); }
-NG_INLINE V left7(V a) { return _mm512_slli_epi32(a, 7); }
 NG_INLINE V left16(V a) { return _mm512_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
 NG_INLINE V repeat128(__m128i x) { return _mm512_broadcast_i32x4(x); }
@@ -91,7 +90,6 @@ NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
 NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
 NG_INLINE V right8(V a) { return _mm256_srli_epi16(a, 8); }
 NG_INLINE V signed_right1(V a) { return _mm256_srai_epi16(a, 1); }
-NG_INLINE V left7(V a) { return _mm256_slli_epi32(a, 7); }
 NG_INLINE V left16(V a) { return _mm256_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
 NG_INLINE V repeat128(__m128i x) { return _mm256_broadcastsi128_si256(x); }

@@ -11,6 +11,10 @@ namespace {
 constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
 constexpr int kFewStrips = 4;
 
+// What sums of mxfp4 are multiplied by at the end, beside the row's scale: their weights are e2m1 times two.
+template <WeightKind kind>
+constexpr float kNibbleScale = kind == WeightKind::mxfp4 ? 0.5f : 1.0f;
+
 // Rows [first_row, first_row + rows) of a block over units [first_unit, last_unit) of a panel.
 struct Strip {
   const RowBlock* block;
