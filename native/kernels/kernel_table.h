@@ -55,6 +55,7 @@ struct RowBlock {
 // scale NaN, and so an output of NaN.
 struct PrepareArgs {
   const void* x;
+  const void* next;             // the row that will be prepared after it, which memory is asked for; or null
   DType dtype;
   std::int64_t k;
   std::int64_t units;
@@ -70,6 +71,7 @@ struct PrepareArgs {
   std::int64_t group_stride;    // floats between units
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
+  bool* has_high;               // halves: of the row; if it has none, `high` is left as it is (null: zeros are stored)
   RowLists lists;               // of the row; instead of `high` and `flags`. Needs a target_error of kListedError or more
 };
 

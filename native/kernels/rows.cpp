@@ -101,6 +101,15 @@ NUMAGRAFT_INLINE void set_flag(const PrepareArgs& a, std::int64_t unit) {
   if (!(__atomic_load_n(a.flags + unit, __ATOMIC_RELAXED) & a.flag_bit)) __atomic_fetch_or(a.flags + unit, a.flag_bit, __ATOMIC_RELAXED);
 }
 
+// The following row comes from memory while this one is worked on: a unit's worth of requests at a time, as a burst would
+// hold all fill buffers.
+NUMAGRAFT_INLINE void ask_for_next(const PrepareArgs& a, std::int64_t unit) {
+  if (a.next == nullptr) return;
+  const std::int64_t lines = a.dtype == DType::f32 ? 4 : 2;
+  const auto* at = static_cast<const char*>(a.next) + unit * lines * 64;
+  for (std::int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64);
+}
+
 #if defined(__AVX512BW__)
 // The integers of a unit in 16 bits: four vectors packed to two, each 128 bits four of one and four of the next.
 NUMAGRAFT_INLINE void unit_integers(const PrepareArgs& a, std::int64_t unit, F inverse, __m512i (&q)[2]) {
@@ -145,11 +154,13 @@ NUMAGRAFT_INLINE int list_unit(const RowLists& lists, std::int64_t unit, __m512i
 template <bool one_half, bool sums, bool lists>
 NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
   std::int64_t listed = 0;
+  const bool stores_high = !lists && (!one_half || a.has_high == nullptr);
   const __m512i ones = _mm512_set1_epi16(1);
   __m512i total = _mm512_setzero_si512();
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
     __builtin_prefetch(a.low + (unit + kUnitsAhead) * a.unit_stride, 1);
-    if constexpr (!lists) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
+    ask_for_next(a, unit);
+    if (stores_high) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
     __m512i q[2];
     unit_integers(a, unit, inverse, q);
     const __m512i first = _mm512_madd_epi16(q[0], ones);
@@ -170,7 +181,7 @@ NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
     if constexpr (lists) {
       a.lists.begin[unit * a.lists.rows] = static_cast<std::uint16_t>(listed);
       if constexpr (!one_half) listed += list_unit(a.lists, unit, high, listed);
-    } else {
+    } else if (stores_high) {
       _mm512_storeu_si512(a.high + unit * a.unit_stride, high);
     }
     _mm512_storeu_si512(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]));
@@ -200,6 +211,7 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
   float largest;
   __builtin_memcpy(&largest, &spread.largest_bits, 4);
   const bool one_half = largest <= scale * 127.49f;  // else some integers are beyond int8
+  if (a.has_high != nullptr) *a.has_high = !one_half;  // NaN: it has
 #if defined(__AVX512BW__)
   if constexpr (form == RowForm::halves) {
     if (!finite) {
@@ -218,6 +230,7 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
 #endif
   I total = {};
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    ask_for_next(a, unit);
     F x[kUnitVectors];
     I q[kUnitVectors];
     load_unit(a, unit * kUnitInputs, x);
@@ -259,7 +272,7 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
         // Where this row needs no high half another may.
         for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
         if (any_lane(any)) set_flag(a, unit);
-      } else {
+      } else if (a.has_high == nullptr) {
         for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, I8{});
       }
       for (int v = 0; v < kUnitVectors; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I8));
@@ -273,6 +286,7 @@ NUMAGRAFT_INLINE void convert(const PrepareArgs& a) {
   *a.scale = 1.0f;
   *a.sum = 0;
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
+    ask_for_next(a, unit);
     if (form == RowForm::bf16 && a.dtype == DType::bf16 && (unit + 1) * kUnitInputs <= a.k) {
       __builtin_memcpy(a.low + unit * a.unit_stride * 2, static_cast<const std::uint16_t*>(a.x) + unit * kUnitInputs, 2 * kUnitInputs);
       continue;

@@ -348,7 +348,10 @@ void ExpertsWeights::prepare_inputs(const Call& call, Range needed, std::byte* i
   for (std::int64_t token = needed.begin; token < needed.end; ++token) {
     DType dtype;
     const void* x = contiguous_row(call.x, call.tokens.begin + token, row, dtype);
-    rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->reround_rows_from > 0));
+    bool has_high = false;  // gathering looks at the flags, row by row
+    const bool more = token + 1 < needed.end && call.x.column_stride == 1;
+    rows.prepare(inputs, token, x, dtype, input_error(format_, kernels_->reround_rows_from > 0), 0, &has_high,
+                 more ? element_at(call.x, call.tokens.begin + token + 1) : nullptr);
   }
 }
 
@@ -420,7 +423,8 @@ void ExpertsWeights::prepare_inner(const Call& call, const Work& work, Range min
   for (std::int64_t pair = mine.begin; pair < mine.end; ++pair) {
     while (pair >= work.routing->experts[expert].first + work.routing->experts[expert].rows) ++expert;
     work.inner_rows[expert].prepare(work.prepared + work.inner_offsets[expert], pair - work.routing->experts[expert].first,
-                                    work.inner + pair * frame, DType::bf16, inner_error(format_, call.listed));
+                                    work.inner + pair * frame, DType::bf16, inner_error(format_, call.listed), 0, nullptr,
+                                    pair + 1 < mine.end ? work.inner + (pair + 1) * frame : nullptr);
   }
 }
 

@@ -194,24 +194,19 @@ void LinearWeights::compute_in_chunks(const Call& call, const Roster& roster, co
   });
 }
 
-namespace {
-
-// Asks memory for a row while the one before it is prepared.
-void prefetch_row(const MatrixView& x, std::int64_t row) {
-  if (x.column_stride != 1) return;
-  const std::byte* const end = element_at(x, row, x.columns);
-  for (const std::byte* at = element_at(x, row); at < end; at += 64) __builtin_prefetch(at, 0, 2);
-}
-
-}  // namespace
-
 void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const {
   const RowSet all(*kernels_, format_.kind, in_features_, call.rows);
+  bool has_high[kBlockRows] = {};  // of a block
   for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+    const std::int64_t block = row / kBlockRows * kBlockRows;
+    const std::int64_t block_end = std::min(block + kBlockRows, call.rows);
+    // Others may be preparing the rest of a block.
+    const bool own = block >= rows.begin && block_end <= rows.end;
     DType dtype;
     const void* x = contiguous_row(call.x, call.first + row, scratch, dtype);
-    if (row + 1 < rows.end) prefetch_row(call.x, call.first + row + 1);
-    all.prepare(prepared, row, x, dtype, call.errors.any, call.errors.normal);
+    const void* next = row + 1 < rows.end && call.x.column_stride == 1 ? element_at(call.x, call.first + row + 1) : nullptr;
+    all.prepare(prepared, row, x, dtype, call.errors.any, call.errors.normal, own ? has_high + (row - block) : nullptr, next);
+    if (own && row + 1 == block_end) all.clear_high(prepared, block / kBlockRows, has_high);
   }
 }
 

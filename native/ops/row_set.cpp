@@ -85,7 +85,8 @@ void RowSet::clear_flags(std::byte* base, std::int64_t first_block, std::int64_t
   }
 }
 
-void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error) const {
+void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error,
+                     bool* has_high, const void* next) const {
   const std::int64_t index = row / block_rows_;
   const auto in_block = static_cast<std::size_t>(row % block_rows_);
   const int stride = stride_rows(index);
@@ -94,6 +95,7 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   const std::size_t first = in_block * kUnitInputs * static_cast<std::size_t>(element_bytes(form_));
   PrepareArgs args{};
   args.x = x;
+  args.next = next;
   args.dtype = dtype;
   args.k = k_;
   args.units = units_;
@@ -109,8 +111,26 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.group_stride = std::int64_t{stride} * 2;
   args.flags = reinterpret_cast<std::uint8_t*>(at + o.flags);
   args.flag_bit = static_cast<std::uint8_t>(1 << (in_block / 16));
+  args.has_high = has_high;
   args.lists = lists(at, stride, static_cast<std::int64_t>(in_block));
   kernels_->prepare(args);
+}
+
+void RowSet::clear_high(std::byte* base, std::int64_t block, const bool* has_high) const {
+  const int stride = stride_rows(block);
+  if (form_ != RowForm::halves || listed(stride)) return;
+  const Offsets o = offsets(stride);
+  std::byte* at = base + block_offset(block);
+  const auto* flags = reinterpret_cast<const std::uint8_t*>(at + o.flags);
+  const std::int64_t left = rows_ - block * block_rows_;
+  const std::int64_t rows = left < block_rows_ ? left : block_rows_;
+  for (std::int64_t unit = 0; unit < units_; ++unit) {
+    if (!flags[unit]) continue;
+    std::byte* high = at + o.high + static_cast<std::size_t>(unit * stride * kUnitInputs);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      if (!has_high[row]) std::memset(high + row * kUnitInputs, 0, kUnitInputs);
+    }
+  }
 }
 
 void RowSet::gather(std::byte* base, const RowSet& source, std::byte* source_base, std::int64_t first_source,

@@ -26,8 +26,12 @@ class RowSet {
   // Call before rows of these blocks are prepared or gathered.
   void clear_flags(std::byte* base, std::int64_t first_block, std::int64_t last_block) const;
 
-  // Row `row` from k contiguous values of any dtype.
-  void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error = 0) const;
+  // Row `row` from k contiguous values of any dtype. With `has_high` a row's high halves are not stored where it has none
+  // (*has_high says so): enough for a row by itself; a block of more is finished by clear_high. Memory is asked for `next`.
+  void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error = 0,
+               bool* has_high = nullptr, const void* next = nullptr) const;
+  // Zeros in the flagged units of the rows that have no high half, once all rows of the block are prepared.
+  void clear_high(std::byte* base, std::int64_t block, const bool* has_high) const;
   // Every row, row i from prepared row first_source + sources[i] of another set over the same inputs whose blocks hold one
   // row each. Clears the flags itself.
   void gather(std::byte* base, const RowSet& source, std::byte* source_base, std::int64_t first_source,

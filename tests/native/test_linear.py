@@ -97,6 +97,25 @@ def test_outlier_channels(isa, format, tokens):
     assert error(layer.expected(np.round(x / scale) * scale), expected) > 0.03
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_of_one_half_are_untouched_by_a_neighbour_of_two(isa, kind, threads):
+    """Where a row has a high half, those of its block that have none must have zeros, whatever calls before left there."""
+    layer = Layer(64, 1024, WeightFormat(kind), isa=isa, threads=threads)
+    plain = np.random.default_rng(6).standard_normal((90, 1024)).astype(np.float32)
+    mixed, wide = plain.copy(), plain.copy()
+    mixed[5::32, ::40] *= 40  # one row of each block, in nearly every unit
+    wide[:, ::40] *= 40
+    others = np.arange(90) % 32 != 5
+    before = layer(plain)
+    layer(wide)  # every row of every block
+    found = layer(mixed)
+    assert (found[others] == before[others]).all(), describe_worst(found[others], before[others])
+    assert error(found[~others], layer.expected(mixed)[~others]) <= LINEAR_BAR[kind]
+    assert error(found[~others], before[~others]) > 0.5  # the control: the neighbour's own results did change
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_sixteen_bit_activations(isa, kind):
