@@ -35,10 +35,11 @@ std::string shape_of(const MatrixView& m) { return "[" + std::to_string(m.rows) 
 // Held to 1.2 % of the output on the real model's layers, the worst of which raises errors by half. Tiles re-round int4
 // weights to 8 bits, which takes 1.1 % there already: inputs must then cost next to nothing. Where neither the weights nor a
 // row have values that stand out, errors add up as those of independent numbers do: the row may take what is left of 1.17 %.
-// Exact weights need no more than 1.02 % for most rows of thousands of normally distributed inputs to keep one half.
+// Beside exact weights a row may take nearly all of it: of thousands of normally distributed inputs then hardly one row in a
+// hundred needs a second half, and the others err by what their own largest input makes of it (of 4096: 0.87 % in the mean).
 InputErrors linear_input_errors(const WeightFormat& format, bool rerounded, float rerounding) {
   if (format.activations == Activations::bf16) return {};
-  if (!rerounded) return {0.0090f, 0.0102f};
+  if (!rerounded) return {0.0090f, 0.0110f};
   if (!(rerounding > 0) || rerounding > kLightRerounding) return {0.0010f, 0};
   // in steps, so that no placement's order of summation decides
   const float cost = std::ceil(rerounding / kRerounding) * kRerounding;

@@ -88,12 +88,7 @@ class LinearWeights {
 std::int64_t linear_packed_bytes(std::int64_t out_features, std::int64_t in_features, const WeightFormat& format, bool has_bias,
                                  const Part& part);
 
-// What rounding the inputs may cost, as a share of their typical size (docs/kernels.md derives the figures).
-struct InputErrors {
-  float any = 0;
-  float normal = 0;  // of rows that are normally distributed, if larger
-};
-// `rerounded`: the kernel rounds the weights as well, which costs the share `rerounding` of the output (0: not known).
+// What rounding the inputs may cost. `rerounded`: the kernel rounds the weights as well, which costs the share `rerounding` of the output (0: not known).
 InputErrors linear_input_errors(const WeightFormat& format, bool rerounded, float rerounding);
 
 }  // namespace numagraft

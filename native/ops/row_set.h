@@ -7,6 +7,12 @@
 
 namespace numagraft {
 
+// What rounding the inputs may cost, as a share of their typical size (docs/kernels.md derives the figures).
+struct InputErrors {
+  float any = 0;
+  float normal = 0;  // of rows that are normally distributed, if larger
+};
+
 // How prepared input rows lie in scratch memory: blocks of up to `block_rows` rows (32, or 1: each row by itself), all
 // full but the last. Arithmetic only; it owns nothing.
 class RowSet {
