@@ -19,7 +19,8 @@ constexpr std::int64_t kFewRows = 4;              // experts with no more rows w
 constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
 constexpr std::int64_t kChunksPerWorker = 4;      // of the other stages, where nodes take from each other
 constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
-constexpr std::int64_t kMostGatheredRows = 256;
+// One more pass over an expert's rows reads its weights again: with 256 rows in the mean hardly an expert has more than these.
+constexpr std::int64_t kMostGatheredRows = 320;
 constexpr std::int64_t kResultBytes = 256 << 10;  // of one multiplication
 constexpr std::int64_t kSumBytes = 4 << 20;       // fp32 sums of a pass over the experts; with each pass the inner rows come from L3
 // The same where inputs are taken in pieces: a piece comes from L3 again for every group of panels.
@@ -41,6 +42,11 @@ struct Pieces {
   std::int64_t result_bytes() const { return whole ? kResultBytes : kResultBytesInPieces; }
   std::int64_t sum_bytes() const { return whole ? kSumBytes : kSumBytesInPieces; }
 };
+// Of `count` blocks those of each pass, where one takes up to `most`: nearly equal.
+std::int64_t evenly(std::int64_t count, std::int64_t most) {
+  const std::int64_t passes = (count + most - 1) / most;
+  return (count + passes - 1) / passes;
+}
 // `block_bytes`: of a full block's inputs over k.
 Pieces pieces_of(std::int64_t k, std::int64_t most_rows, std::size_t block_bytes) {
   Pieces pieces;
@@ -384,8 +390,9 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
   const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
   const std::int64_t tokens = call.tokens.end - call.tokens.begin;
   const RowSet inputs(*kernels_, format_.kind, shape_.hidden, tokens, 1);
-  for (std::int64_t first = 0; first < chosen.rows; first += seat.gathered_rows) {
-    const std::int64_t rows = std::min(seat.gathered_rows, chosen.rows - first);
+  const std::int64_t each = evenly((chosen.rows + kBlockRows - 1) / kBlockRows, kMostGatheredRows / kBlockRows) * kBlockRows;
+  for (std::int64_t first = 0; first < chosen.rows; first += each) {
+    const std::int64_t rows = std::min(each, chosen.rows - first);
     const RowSet gathered(*kernels_, format_.kind, shape_.hidden, rows);
     seat.blocks.clear();
     if (rows == 1) {
@@ -439,7 +446,6 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
   const RowSet full(*kernels_, format_.kind, place.frame, kBlockRows);
   const Pieces pieces = pieces_of(place.frame, work.routing->most_rows, call.listed ? full.low_block_bytes() : full.bytes());
   const std::int64_t chunk = std::max<std::int64_t>(pieces.sum_bytes() / (tokens * kPanelColumns * 4), 1);
-  const std::int64_t blocks_together = pieces.blocks;
   for (std::int64_t first = mine.begin; first < mine.end; first += chunk) {
     const std::int64_t panels = std::min(chunk, mine.end - first);
     const std::int64_t width = panels * kPanelColumns;
@@ -448,6 +454,7 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
       const Routing::Expert& chosen = work.routing->experts[e];
       const PackedMatrix weights = down(seat.role.part, chosen.id);
       const RowSet& rows = work.inner_rows[e];
+      const std::int64_t blocks_together = evenly(rows.blocks(), pieces.blocks);
       for (std::int64_t block = 0; block < rows.blocks(); block += blocks_together) {
         seat.blocks.clear();
         std::int64_t count = 0;

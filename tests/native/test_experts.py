@@ -97,6 +97,23 @@ def test_every_row_is_near_fp32(isa, format, tokens):
     assert error(found, expected) <= bar, describe_worst(found, expected)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("isa", ISAS[-1:])
+def test_experts_with_more_rows_than_a_pass_takes(isa, format):
+    """321 rows are two passes, 655 three; each expert has tokens of its own, so that a lost row shows."""
+    rows = [321, 655, 24]
+    mixture = Mixture(3, 320, 200, format, isa=isa, threads=2)
+    x = np.random.default_rng(8).standard_normal((sum(rows), 320)).astype(np.float32)
+    ids = np.repeat(np.arange(3), rows).reshape(-1, 1)
+    np.random.default_rng(9).shuffle(ids)
+    weights = np.ones(ids.shape, np.float32)
+    found, expected = mixture(x, ids, weights), mixture.expected(x, ids, weights)
+    for row in range(sum(rows)):
+        assert error(found[row], expected[row]) <= 3 * EXPERTS_BAR[format.kind], (row, ids[row], describe_worst(found, expected))
+    # the control: what another token's row looks like
+    assert error(found, np.roll(expected, 1, axis=0)) > 1
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(("hidden", "intermediate"), [(70, 15000), (15000, 70)])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
