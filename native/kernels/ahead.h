@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/kernel_table.h"
 #include "kernels/simd.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
@@ -54,6 +55,12 @@ class Ahead {
   std::int64_t share_;   // lines of a stream per ask, in fixed point
   std::int64_t at_ = (1 << kShift) - 1;
 };
+// From a chunk of a panel to the one that follows it: in the panel, or the next panel's first.
+NUMAGRAFT_INLINE std::int64_t chunk_behind(const GemmArgs& a, std::int64_t first, std::int64_t last) {
+  return last < a.last_unit ? (last - first) * a.layout->unit_bytes
+                            : a.layout->panel_bytes - (first - a.first_unit) * a.layout->unit_bytes;
+}
+
 constexpr std::int64_t kNear = 2048;  // measured: 1 to 2.5 KiB alike, further is slower
 
 }  // namespace

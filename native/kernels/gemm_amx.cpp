@@ -89,12 +89,6 @@ struct Int8Visit {
   }
 };
 
-// From a chunk of a panel to the one that follows it: in the panel, or the next panel's first.
-NUMAGRAFT_INLINE std::int64_t chunk_behind(const GemmArgs& a, std::int64_t first, std::int64_t last) {
-  return last < a.last_unit ? (last - first) * a.layout->unit_bytes
-                            : a.layout->panel_bytes - (first - a.first_unit) * a.layout->unit_bytes;
-}
-
 // Of chunks that several blocks read. Their inputs leave L1 to the weights, and a longer chunk has fewer sums to store and to
 // load; but the more of memory's time is waited for at its start, the fewer blocks go over it.
 std::int64_t chunk_units(const GemmArgs& a) { return a.block_count >= kLongChunksFrom ? 2 * kChunkUnits : kChunkUnits; }

@@ -19,10 +19,15 @@ struct Factors {  // of 16 columns of a unit
   __m512i offset[2];  // k
 };
 
-// 256 / scale of 16 columns of a chunk, 0 for a column of zeros.
-NUMAGRAFT_INLINE __m512 inverse_scales(const float* side) {
+// Whether the weights of 16 columns of a chunk are whole: multiples of their scales, which are then positive.
+template <WeightKind kind>
+NUMAGRAFT_INLINE bool are_whole(const float* side) {
+  return kind == WeightKind::int4 && _mm512_movepi32_mask(_mm512_loadu_si512(side)) == 0;
+}
+// 1 / scale, or 256 / scale, of the columns; 0 for a column of zeros.
+NUMAGRAFT_INLINE __m512 inverse_scales(const float* side, bool whole) {
   const __m512 scale = _mm512_loadu_ps(side);
-  return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ), _mm512_set1_ps(256.0f), scale);
+  return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_NEQ_OQ), _mm512_set1_ps(whole ? 1.0f : 256.0f), scale);
 }
 
 // Both 16-bit halves of every lane from its lower (0) or upper (1) one.
@@ -88,13 +93,13 @@ NUMAGRAFT_INLINE __m512i upper_bytes(__m512i even, __m512i odd) {
 }
 NUMAGRAFT_INLINE __m512i masked_or(__m512i value, __m512i mask, __m512i bits) { return _mm512_ternarylogic_epi32(value, mask, bits, 0xEA); }
 
-// Bytes from a line that is expanded to the one that memory is asked for: expanding paces the requests (L2-resident, 16 rows
-// take 80 ns a unit; from memory 107 at 5 KiB, 118 at 3). Asking between the tiles' products as well gains nothing.
+// Bytes from a line that is expanded to the one that memory is asked for, where a chunk is read once: expanding paces the
+// requests. `asks`: whether it does.
 constexpr std::int64_t kExpansionAhead = 5120;
 NUMAGRAFT_INLINE void prefetch(const std::byte* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // A tile: 8 lines of 64 bytes to 16.
-template <WeightKind kind>
+template <WeightKind kind, bool asks>
 NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const Factors& factors, std::byte* to) {
   const __m512i lookup = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m512i nibble = _mm512_set1_epi16(15);
@@ -105,7 +110,7 @@ NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const Factors& factors,
 #pragma GCC unroll 8
   for (int row = 0; row < 8; ++row) {
     const std::byte* line = from + row * 64;
-    prefetch(line + kExpansionAhead);
+    if constexpr (asks) prefetch(line + kExpansionAhead);
     const __m512i v = _mm512_loadu_si512(line);
     __m512i even[2];
     __m512i odd[2];
@@ -129,6 +134,61 @@ NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const Factors& factors,
   }
 }
 
+// Whole tiles, whose scales and minima are integer multiples of the columns' int8 scales: a weight is q s + m in whole numbers, and q s stays
+// below 256: one multiplication of 16-bit halves serves the two bytes in each.
+struct WholeFactors {  // of 16 columns of a unit, by group of 32 inputs
+  __m512i scale[2];    // in both halves of a column's lane
+  __m512i minimum[2];  // in all bytes of it
+  __m512i flip[2];     // 15 in all bytes where the scale is negative: w = 15 - q takes q's place
+};
+
+template <bool symmetric>
+NUMAGRAFT_INLINE void find_factors(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, WholeFactors& to) {
+  const __m512i low_to_halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+  const __m512i low_to_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+  const __m512 to_integer = _mm512_set1_ps(12582912.0f);  // the sum's low bits are the integer
+  const auto* halves = reinterpret_cast<const std::uint16_t*>(unit + layout.data_bytes) + tile * kTileColumns;
+  for (int g = 0; g < 2; ++g) {
+    const auto* at = halves + (layout.unit_groups == 2 ? g : 0) * kPanelColumns;
+    __m512 scale = widen_bf16(at);
+    if constexpr (symmetric) {
+      const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(scale));
+      scale = _mm512_abs_ps(scale);
+      to.flip[g] = _mm512_maskz_mov_epi32(negative, _mm512_set1_epi8(15));
+      const __m512i s = _mm512_castps_si512(_mm512_fmadd_ps(scale, inverse, to_integer));
+      to.scale[g] = _mm512_shuffle_epi8(s, low_to_halves);
+      const __m512i eight = _mm512_mullo_epi16(s, _mm512_mask_blend_epi32(negative, _mm512_set1_epi16(-8), _mm512_set1_epi16(-7)));
+      to.minimum[g] = _mm512_shuffle_epi8(eight, low_to_bytes);
+    } else {
+      const __m512 minimum = widen_bf16(at + layout.unit_groups * kPanelColumns);
+      to.scale[g] = _mm512_shuffle_epi8(_mm512_castps_si512(_mm512_fmadd_ps(scale, inverse, to_integer)), low_to_halves);
+      to.minimum[g] = _mm512_shuffle_epi8(_mm512_castps_si512(_mm512_fmadd_ps(minimum, inverse, to_integer)), low_to_bytes);
+    }
+  }
+}
+
+template <bool symmetric, bool asks>
+NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const WholeFactors& factors, std::byte* to) {
+  const __m512i nibbles = _mm512_set1_epi8(15);
+#pragma GCC unroll 8
+  for (int row = 0; row < 8; ++row) {
+    const std::byte* line = from + row * 64;
+    if constexpr (asks) prefetch(line + kExpansionAhead);
+    const __m512i v = _mm512_loadu_si512(line);
+    __m512i q[2];
+    if constexpr (symmetric) {
+      q[0] = _mm512_ternarylogic_epi32(v, nibbles, factors.flip[0], 0x6A);  // (v & nibbles) ^ flip
+      q[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 4), nibbles, factors.flip[1], 0x6A);
+    } else {
+      q[0] = _mm512_and_si512(v, nibbles);
+      q[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles);
+    }
+    for (int g = 0; g < 2; ++g) {
+      _mm512_store_si512(to + g * 512 + row * 64, _mm512_add_epi8(_mm512_mullo_epi16(q[g], factors.scale[g]), factors.minimum[g]));
+    }
+  }
+}
+
 // The first block expands a chunk, some units before its tiles need them. A chunk that only one block multiplies is expanded
 // into a small ring: stores that stay in L1 take half as long as those that fall out of it.
 template <WeightKind kind, bool symmetric>
@@ -139,29 +199,46 @@ class Expansion {
         from_(weights),
         units_(units),
         slots_(once ? kEarly + 1 : kChunkUnits),
-        inverses_{inverse_scales(side), inverse_scales(side + kTileColumns)},
+        whole_{are_whole<kind>(side), are_whole<kind>(side + kTileColumns)},
+        inverses_{inverse_scales(side, whole_[0]), inverse_scales(side + kTileColumns, whole_[1])},
         to_(to) {
-    for (int tile = 0; tile < 2; ++tile) find_factors<kind, symmetric>(layout_, from_, tile, inverses_[tile], factors_[tile]);
+    for (int tile = 0; tile < 2; ++tile) {
+      if (whole_[tile]) {
+        find_factors<symmetric>(layout_, from_, tile, inverses_[tile], whole_factors_[tile]);
+      } else {
+        find_factors<kind, symmetric>(layout_, from_, tile, inverses_[tile], factors_[tile]);
+      }
+    }
   }
   // The two tiles of a unit.
   NUMAGRAFT_INLINE const std::byte* tiles(Expansion& e, std::int64_t unit) {
     const std::int64_t end = unit + 1 + kEarly < e.units_ ? unit + 1 + kEarly : e.units_;
-    while (e.done_ < end) expand(e);
+    while (e.done_ < end) e.slots_ < kChunkUnits ? expand<true>(e) : expand<false>(e);
     return e.to_ + unit % e.slots_ * 2 * kTileBytes;
   }
 
  private:
-  static constexpr std::int64_t kEarly = 4;
+    static constexpr std::int64_t kEarly = 4;
 
+  template <bool asks>
   NUMAGRAFT_INLINE void expand(Expansion& e) {
     const std::byte* unit = e.from_ + e.done_ * e.layout_.unit_bytes;
     const std::byte* next = e.done_ + 1 < e.units_ ? unit + e.layout_.unit_bytes : unit;
     std::byte* to = e.to_ + e.done_ % e.slots_ * 2 * kTileBytes;
-    for (std::int64_t line = e.layout_.data_bytes; line < e.layout_.unit_bytes; line += 64) prefetch(unit + line + kExpansionAhead);
+    if constexpr (asks) {
+      for (std::int64_t line = e.layout_.data_bytes; line < e.layout_.unit_bytes; line += 64) prefetch(unit + line + kExpansionAhead);
+    }
+    // After each tile's lines come its factors in the next unit: the other tile's lines give their chain of operations time.
     for (int tile = 0; tile < 2; ++tile) {
-      expand_tile<kind>(unit + tile * kTileBytes / 2, e.factors_[tile], to + tile * kTileBytes);
-      // The other tile's lines come first: time for the long chain of operations.
-      find_factors<kind, symmetric>(e.layout_, next, tile, e.inverses_[tile], e.factors_[tile]);
+      const std::byte* lines = unit + tile * kTileBytes / 2;
+      std::byte* expanded = to + tile * kTileBytes;
+      if (e.whole_[tile]) {
+        expand_tile<symmetric, asks>(lines, e.whole_factors_[tile], expanded);
+        find_factors<symmetric>(e.layout_, next, tile, e.inverses_[tile], e.whole_factors_[tile]);
+      } else {
+        expand_tile<kind, asks>(lines, e.factors_[tile], expanded);
+        find_factors<kind, symmetric>(e.layout_, next, tile, e.inverses_[tile], e.factors_[tile]);
+      }
     }
     ++e.done_;
   }
@@ -170,10 +247,12 @@ class Expansion {
   const std::byte* from_;
   std::int64_t units_;
   std::int64_t slots_;
+  bool whole_[2];
   __m512 inverses_[2];
   std::byte* to_;
   std::int64_t done_ = 0;
   Factors factors_[2];
+  WholeFactors whole_factors_[2];  // instead, of a whole tile
 };
 
 // Scales a chunk's sums, and adds them to those of the chunks before it.
@@ -215,16 +294,17 @@ void gemm_rerounded(const GemmArgs& a) {
   prefetch_first_scales(a);
   Passes<Multiply::by_signed, ReroundedVisit> passes;
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit; first < a.last_unit; first += kChunkUnits) {
-      const std::int64_t last = first + kChunkUnits < a.last_unit ? first + kChunkUnits : a.last_unit;
+    for (std::int64_t first = a.first_unit, last; first < a.last_unit; first = last) {
+      last = chunk_end(layout, first);
       const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-      const float* side = panel_side(a, panel) + first / kChunkUnits * kPanelColumns;
+      const float* side = panel_side(a, panel) + chunk_of(layout, first) * kPanelColumns;
       prefetch_scales(side + panel_side_floats(layout));
       const std::int64_t steps = count_steps(a, first, last);
       const bool once = steps == last - first;
       Expansion<kind, symmetric> expansion(layout, w, last - first, side, once, expanded);
       const auto weights = [&](std::int64_t unit) { return Expansion<kind, symmetric>::tiles(expansion, unit - first); };
-      Ahead ahead(w, 0, 0, 0, steps, true);  // the expansion asks
+      // A chunk that one block reads is asked for by its expansion, the chunk behind a larger one between its products.
+      Ahead ahead(w, once ? 0 : (last - first) * layout.unit_bytes, chunk_behind(a, first, last), 0, steps, once);
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
         const RowBlock& block = a.blocks[b];

@@ -190,9 +190,13 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
   }
 }
 
-// Scratch for packing one panel: its weights as fp32, inputs by columns, whole units.
+// Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole chunks.
+static inline std::int64_t stage_units(const Layout& layout) {
+  if (layout.kind != WeightKind::int4) return layout.units;
+  return (layout.lead_units + layout.units + kChunkUnits - 1) / kChunkUnits * kChunkUnits;
+}
 static inline std::int64_t stage_bytes(const Layout& layout) {
-  return (layout.units + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};
+  return (stage_units(layout) + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};
 }
 
 // The rows of the table this build has and this CPU (with its operating system) can run, slowest first.

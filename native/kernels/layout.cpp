@@ -13,7 +13,7 @@ int input_alignment(const WeightFormat& format) {
   return kUnitInputs;
 }
 
-Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k) {
+Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k, std::int64_t first_input) {
   constexpr std::int64_t elements = kPanelColumns * kUnitInputs;
   Layout layout;
   layout.kind = format.kind;
@@ -40,7 +40,8 @@ Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k
       layout.data_bytes = elements / 2;
       layout.unit_groups = format.group >= kUnitInputs ? 1 : kUnitInputs / format.group;
       scale_bytes = std::int64_t{layout.unit_groups} * kPanelColumns * 2 * (format.symmetric ? 1 : 2);
-      layout.scale_rows = ceil_div(k, kChunkInputs);
+      layout.lead_units = first_input / kUnitInputs % kChunkUnits;
+      layout.scale_rows = ceil_div(layout.lead_units + layout.units, kChunkUnits);
       break;
     case WeightKind::mxfp4:
       layout.data_bytes = elements / 2;

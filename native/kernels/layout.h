@@ -12,9 +12,10 @@ namespace numagraft {
 inline constexpr int kPanelColumns = 32;
 inline constexpr int kUnitInputs = 64;
 inline constexpr int kTileColumns = 16;
-// Inputs under one side-table scale: the tile kernels re-round int4 and mxfp4 to int8 per column and chunk, and every
+// Inputs under one side-table scale: the tile kernels expand int4 and mxfp4 to int8 per column and chunk, and every
 // tile kernel works through a panel in chunks of this many inputs, so that a chunk stays in L1.
 inline constexpr int kChunkInputs = 512;
+inline constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
 // Fewer rows than this multiply int4 and mxfp4 faster, and exactly, without tiles.
 inline constexpr int kReroundRowsFrom = 8;
 inline constexpr int kFp8Block = 128;
@@ -34,10 +35,18 @@ struct Layout {
   std::int64_t unit_bytes = 0;
   std::int64_t panel_bytes = 0;
   int unit_groups = 0;           // scale rows per unit (int4, mxfp4)
+  std::int64_t lead_units = 0;   // of the first chunk that belong to the part before this one (int4): see make_layout
   std::int64_t scale_rows = 0;   // of the side table, which holds [panel][row][32] floats: a panel's lie together
 };
 
-Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k);
+// `first_input`: where the matrix's inputs begin in the source. The chunks of int4 lie at multiples of kChunkInputs there, so
+// that every placement has the same: the first and the last may be parts of one.
+Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k, std::int64_t first_input = 0);
+static inline std::int64_t chunk_of(const Layout& layout, std::int64_t unit) { return (layout.lead_units + unit) / kChunkUnits; }
+static inline std::int64_t chunk_end(const Layout& layout, std::int64_t unit) {
+  const std::int64_t end = (chunk_of(layout, unit) + 1) * kChunkUnits - layout.lead_units;
+  return end < layout.units ? end : layout.units;
+}
 
 // Inputs that one set of scales covers: shards of the inputs begin at a multiple, so that every placement quantises alike.
 int input_alignment(const WeightFormat& format);

@@ -1,165 +1,104 @@
 #pragma once
 
-// int4: w = scale * q + minimum, q in 0..15 (symmetric: minimum = -8 scale); grids are searched for the least squared error.
+// int4: groups of inputs with a grid each, and per chunk an int8 scale that tiles expand to.
 // Included by pack.cpp; everything is internal to it.
+#include "kernels/int4_grids.h"
 #include "kernels/pack_nibbles.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-struct Grid {
-  F scale;
-  F minimum;
+// A column takes whole grids where their squared error is at most so many times that of free ones after a short search, in the
+// mean over its groups in the chunk. Weights on a grid of their own, of a checkpoint that was quantised before, keep it.
+constexpr float kWholeCost = 1.25f;
+constexpr float kExact = 1e-5f;  // of a group's power: an error that does not count
+
+struct Int4Chunk {
+  Grid grids[kSlices][kChunkInputs / 32];
+  F step[kSlices];   // of whole grids
+  I whole[kSlices];  // mask of the columns that have these
 };
 
-NUMAGRAFT_INLINE Grid choose(I mask, const Grid& a, const Grid& b) { return {select(mask, a.scale, b.scale), select(mask, a.minimum, b.minimum)}; }
+// Chunks lie at multiples of kChunkInputs in the source, whatever part of it is packed: every placement finds the same grids.
+// `staged`: the chunk's inputs, the first `inputs` of which exist.
 template <bool symmetric>
-NUMAGRAFT_INLINE Grid rounded(F scale, F minimum) {
-  scale = rounded_to_bf16(scale);
-  return {scale, symmetric ? splat(-8.0f) * scale : rounded_to_bf16(minimum)};
+void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
+  const auto each_group = [&](auto body) {
+    for (int slice = 0; slice < kSlices; ++slice) {
+      for (int first = 0; first < inputs; first += group) {
+        // padding must not pull the grid towards zero
+        body(slice, first / group, staged + first * kPanelColumns, inputs - first < group ? inputs - first : group);
+      }
+    }
+  };
+  Range ranges[kSlices][kChunkInputs / 32];
+  for (F& step : chunk.step) step = F{};
+  each_group([&](int slice, int index, const float* members, int count) {
+    const Range range = ranges[slice][index] = range_of(members, slice, count);
+    chunk.step[slice] = maximum(maximum(-range.low, range.high), chunk.step[slice]);
+  });
+  for (F& step : chunk.step) step *= splat(1.0f / kInt8Reach);
+  F cost[kSlices] = {};
+  each_group([&](int slice, int index, const float* members, int count) {
+    const Range& range = ranges[slice][index];
+    const Found free = search<symmetric, false>(members, slice, count, range);
+    const Found whole = search_whole<symmetric>(members, slice, count, free.grid, range, chunk.step[slice]);
+    F power = {};
+    for (int k = 0; k < count; ++k) power += at(members, k, slice) * at(members, k, slice);
+    const F exact = power * splat(kExact) + splat(1e-30f);
+    cost[slice] += (whole.error + exact) / (free.error + exact);
+    chunk.grids[slice][index] = whole.grid;
+  });
+  const int groups = (inputs + group - 1) / group;
+  bool all_whole[kSlices];
+  for (int slice = 0; slice < kSlices; ++slice) {
+    chunk.whole[slice] = cost[slice] <= splat(kWholeCost * static_cast<float>(groups));
+    all_whole[slice] = sum_lanes(to_float(chunk.whole[slice])) == -kLanes;
+  }
+  each_group([&](int slice, int index, const float* members, int count) {
+    if (all_whole[slice]) return;
+    const Grid free = search<symmetric, true>(members, slice, count, ranges[slice][index]).grid;
+    chunk.grids[slice][index] = choose(chunk.whole[slice], chunk.grids[slice][index], free);
+  });
 }
 
-// The search for the grid with the least squared error over a group of weights of 16 channels.
 template <bool symmetric>
-struct Search {
-  const float* staged;
-  int slice;
-  int inputs;
-  F sum;      // of the weights
-  F spread;   // asymmetric: their squared deviations from the mean; symmetric: their squares
-  F error;    // of the best grid so far
-  Grid grid;
-
-  // Tries a grid, and the one that fits the integers it gives best (least squares). That one's error follows from sums over
-  // the group, without another pass over it.
-  inline __attribute__((always_inline)) void look_at(const Grid& tried) {
-    const F inverse = reciprocal_or_zero(tried.scale);
-    const F offset = -tried.minimum * inverse;
-    F squares = {};
-    F sq = {};
-    F sqq = {};
-    F swq = {};
-    for (int k = 0; k < inputs; ++k) {
-      const F w = at(staged, k, slice);
-      F q = minimum(maximum(w * inverse + offset, F{}), splat(15.0f));
-      q = (q + splat(8388608.0f)) - splat(8388608.0f);
-      const F d = w - (tried.scale * q + tried.minimum);
-      squares += d * d;
-      sq += q;
-      sqq += q * q;
-      swq += w * q;
-    }
-    keep(squares, tried);
-
-    const F n = splat(static_cast<float>(inputs));
-    const F mean = sq / n;
-    // around the mean (symmetric: around 8, where the weight is 0)
-    const F qq = symmetric ? sqq - splat(16.0f) * sq + splat(64.0f) * n : sqq - mean * sq;
-    const F wq = symmetric ? swq - splat(8.0f) * sum : swq - mean * sum;
-    const I solvable = qq > splat(0.25f);
-    const F scale = wq / select(solvable, qq, splat(1.0f));
-    const F minimum = sum / n - scale * mean;
-    const Grid fitted = rounded<symmetric>(scale, minimum);
-    const F off_scale = fitted.scale - scale;
-    const F off_middle = symmetric ? F{} : fitted.minimum + fitted.scale * mean - sum / n;
-    F fitted_error = spread - scale * wq + off_scale * off_scale * qq + off_middle * off_middle * n;
-    // The difference has lost digits; a grid that the weights lie on is found by its own error, which is exactly 0.
-    fitted_error = maximum(fitted_error, spread * splat(1e-6f));
-    keep(select(solvable, fitted_error, splat(__builtin_inff())), fitted);
-  }
-
- private:
-  inline __attribute__((always_inline)) void keep(F found, const Grid& tried) {
-    const I better = found < error;
-    error = select(better, found, error);
-    grid = choose(better, tried, grid);
-  }
-};
-
-// Grids that span less than the range often have the smaller squared error: a few spans are tried, the best refitted once
-// more, and its neighbours a few per cent wider and narrower, each refitted.
-template <bool symmetric>
-Grid search(const float* staged, int slice, int inputs) {
-  F low = symmetric ? F{} : at(staged, 0, slice);
-  F high = low;
-  F sum = {};
-  F squares = {};
-  for (int k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, slice);
-    low = minimum(low, w);
-    high = maximum(high, w);
-    sum += w;
-    squares += w * w;
-  }
-  const F n = splat(static_cast<float>(inputs));
-  const F middle = (low + high) * splat(0.5f);
-  const F spread = symmetric ? squares : maximum(squares - sum * sum / n, F{});
-  Search<symmetric> best{staged, slice, inputs, sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
-  if constexpr (symmetric) {
-    // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign, or the +7.
-    const F extreme = select(-low > high, low, high);
-    constexpr float reaches[] = {-8.4f, -7.6f, -6.8f, 7.5f, 6.7f};
-    for (float reach : reaches) best.look_at(rounded<true>(extreme * splat(1.0f / reach), F{}));
-    best.look_at(best.grid);
-    constexpr float neighbours[] = {1.04f, 0.96f};
-    for (float factor : neighbours) best.look_at(rounded<true>(best.grid.scale * splat(factor), F{}));
-  } else {
-    const auto around = [](F centre, F scale) { return rounded<false>(scale, centre - scale * splat(7.5f)); };
-    constexpr float spans[] = {1.0f, 0.9f, 0.8f};
-    for (float span : spans) best.look_at(around(middle, (high - low) * splat(span / 15.0f)));
-    best.look_at(best.grid);
-    constexpr float neighbours[] = {1.03f, 0.97f};
-    for (float factor : neighbours) {
-      best.look_at(around(best.grid.minimum + best.grid.scale * splat(7.5f), best.grid.scale * splat(factor)));
-      best.look_at(best.grid);
-    }
-  }
-  return best.grid;
-}
-
 void pack_int4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
-  const bool symmetric = layout.symmetric;
-  F largest[kSlices] = {};
-  Grid grids[kSlices] = {};
+  const std::int64_t present = a.source->columns - a.first_input + layout.lead_units * kUnitInputs;
   F power = {};
-  for (std::int64_t unit = 0; unit < layout.units; ++unit) {
-    std::byte* data = a.panel + unit * layout.unit_bytes;
-    auto* scales = reinterpret_cast<std::uint16_t*>(data + layout.data_bytes);
-    std::uint16_t* minima = scales + layout.unit_groups * kPanelColumns;
-    const float* inputs = staged + unit * kUnitInputs * kPanelColumns;
+  for (std::int64_t first = 0; first < layout.lead_units + layout.units; first += kChunkUnits) {
+    const std::int64_t left = present - first * kUnitInputs;
+    const int inputs = left < 0 ? 0 : left < kChunkInputs ? static_cast<int>(left) : static_cast<int>(kChunkInputs);
+    const float* chunk_inputs = staged + first * kUnitInputs * kPanelColumns;
+    Int4Chunk chunk{};
+    find_grids<symmetric>(chunk_inputs, layout.group, inputs, chunk);
     for (int slice = 0; slice < kSlices; ++slice) {
-      I nibbles[kUnitInputs];
-      for (int begin = 0; begin < kUnitInputs; begin += 32) {
-        const std::int64_t first = unit * kUnitInputs + begin;
-        if (first % layout.group == 0) {
-          std::int64_t members = layout.k - first;  // padding must not pull the grid towards zero
-          if (members > layout.group) members = layout.group;
-          const float* group = staged + first * kPanelColumns;
-          if (members <= 0) {
-            grids[slice] = Grid{};
-          } else {
-            grids[slice] = symmetric ? search<true>(group, slice, static_cast<int>(members))
-                                    : search<false>(group, slice, static_cast<int>(members));
+      F largest = {};
+      for (int u = 0; u < kChunkUnits; ++u) {
+        const std::int64_t unit = first - layout.lead_units + u;
+        const bool packed = unit >= 0 && unit < layout.units;
+        auto* scales = reinterpret_cast<std::uint16_t*>(a.panel + unit * layout.unit_bytes + layout.data_bytes) + slice * kLanes;
+        I nibbles[kUnitInputs];
+        for (int k = 0; k < kUnitInputs; ++k) {
+          const int input = u * kUnitInputs + k;
+          const Grid& grid = chunk.grids[slice][input / layout.group];
+          if (packed && k % 32 == 0 && (k == 0 || layout.unit_groups == 2)) {
+            store(scales + k / 32 * kPanelColumns, to_bf16(grid.scale));
+            if (!symmetric) store(scales + (layout.unit_groups + k / 32) * kPanelColumns, to_bf16(grid.minimum));
           }
+          const F inverse = reciprocal_or_zero(grid.scale);
+          const F w = at(chunk_inputs, input, slice);
+          nibbles[k] = round_to_int(minimum(maximum((w - grid.minimum) * inverse, F{}), splat(15.0f)));
+          if (input >= inputs) continue;
+          const F value = grid.scale * to_float(nibbles[k]) + grid.minimum;
+          largest = maximum(magnitude(value), largest);
+          if (packed) power += value * value;
         }
-        const Grid& grid = grids[slice];
-        const int group_in_unit = layout.unit_groups == 2 ? begin / 32 : 0;
-        store(scales + group_in_unit * kPanelColumns + slice * kLanes, to_bf16(grid.scale));
-        if (!symmetric) store(minima + group_in_unit * kPanelColumns + slice * kLanes, to_bf16(grid.minimum));
-        const F inverse = reciprocal_or_zero(grid.scale);
-        const F offset = -grid.minimum * inverse;
-        for (int k = begin; k < begin + 32; ++k) {
-          const F w = at(inputs, k, slice);
-          const I q = round_to_int(minimum(maximum(w * inverse + offset, F{}), splat(15.0f)));
-          nibbles[k] = q;
-          if (first + k - begin >= layout.k) continue;
-          const F value = grid.scale * to_float(q) + grid.minimum;
-          largest[slice] = maximum(magnitude(value), largest[slice]);
-          power += value * value;
-        }
+        if (packed) store_nibbles(a, unit, slice, nibbles);
       }
-      store_nibbles(a, unit, slice, nibbles, largest[slice]);
+      const F step = select(chunk.whole[slice], chunk.step[slice], largest * splat(-1.0f / kInt8Reach));
+      store(a.side + first / kChunkUnits * a.side_stride + slice * kLanes, step);
     }
   }
   if (a.power != nullptr) *a.power += sum_lanes(power);

@@ -71,7 +71,12 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
           power += value * value;
         }
       }
-      store_nibbles(a, unit, slice, nibbles, largest[slice]);
+      store_nibbles(a, unit, slice, nibbles);
+      // The int8 scale that tiles re-round a chunk to; negative, as its weights are no multiples of it.
+      if (unit + 1 == chunk_end(layout, unit)) {
+        store(a.side + chunk_of(layout, unit) * a.side_stride + slice * kLanes, largest[slice] * splat(-1.0f / 127.0f));
+        largest[slice] = F{};
+      }
     }
   }
   if (a.power != nullptr) *a.power += sum_lanes(power);

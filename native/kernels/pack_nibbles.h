@@ -7,20 +7,13 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-// A unit's codes in a slice of columns, the second 32 inputs above the first; and, where a chunk ends, the int8 scale that tiles
-// re-round it to, from `largest`, the largest magnitude in it, which then begins anew.
-NUMAGRAFT_INLINE void store_nibbles(const PackArgs& a, std::int64_t unit, int slice, const I (&nibbles)[kUnitInputs], F& largest) {
-  const Layout& layout = *a.layout;
-  std::byte* to = a.panel + unit * layout.unit_bytes + slice_offset(slice, 512, 4);
+// A unit's codes in a slice of columns, the second 32 inputs above the first.
+NUMAGRAFT_INLINE void store_nibbles(const PackArgs& a, std::int64_t unit, int slice, const I (&nibbles)[kUnitInputs]) {
+  std::byte* to = a.panel + unit * a.layout->unit_bytes + slice_offset(slice, 512, 4);
   for (int row = 0; row < 8; ++row, to += 64) {
     I bytes = {};
     for (int i = 0; i < 4; ++i) bytes |= (nibbles[row * 4 + i] | (nibbles[32 + row * 4 + i] << 4)) << (8 * i);
     store(to, bytes);
-  }
-  if ((unit + 1) * kUnitInputs % kChunkInputs == 0 || unit + 1 == layout.units) {
-    const std::int64_t chunk = unit * kUnitInputs / kChunkInputs;
-    store(a.side + chunk * a.side_stride + slice * kLanes, largest * splat(1.0f / 127.0f));
-    largest = F{};
   }
 }
 

@@ -8,7 +8,6 @@
 namespace numagraft {
 namespace {
 
-constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
 constexpr int kFewStrips = 4;
 
 // What sums of mxfp4 are multiplied by at the end, beside the row's scale: their weights are e2m1 times two.

@@ -25,7 +25,7 @@ ExpertsPlace place_experts(const ExpertsShape& shape, const WeightFormat& format
   const std::int64_t inputs = grouped < left ? grouped : left;
   place.frame = (inputs + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
   place.gate_up = place_matrix(format, 2 * place.frame, shape.hidden, shape.has_bias, 0);
-  place.down = place_matrix(format, shape.hidden, inputs, shape.has_bias, place.gate_up.end);
+  place.down = place_matrix(format, shape.hidden, inputs, shape.has_bias, place.gate_up.end, place.frame_begin);
   place.stride = place.down.end;
   return place;
 }

@@ -20,6 +20,7 @@ constexpr float kLinearError = 0.0117f;          // of the output, all roundings
 constexpr float kBf16Output = 0.0017f;           // its last one
 constexpr float kLightRerounding = 0.0085f;      // normally distributed weights: 0.0074
 constexpr float kRerounding = 0.0002f;
+constexpr float kWholeRerounding = 0.0050f;      // whole grids of int4: 0.0040
 // Of normal rows few have a largest input that uses all they are allowed: of 4096 inputs 3.8 times their deviation in the mean,
 // allowed 4.17 times. Each may take more than all of them together.
 constexpr float kRarely = 1.07f;
@@ -40,6 +41,7 @@ std::string shape_of(const MatrixView& m) { return "[" + std::to_string(m.rows) 
 InputErrors linear_input_errors(const WeightFormat& format, bool rerounded, float rerounding) {
   if (format.activations == Activations::bf16) return {};
   if (!rerounded) return {0.0090f, 0.0110f};
+  if (rerounding > 0 && rerounding <= kWholeRerounding) return {0.0080f, 0.0102f};  // with it, as exact weights
   if (!(rerounding > 0) || rerounding > kLightRerounding) return {0.0010f, 0};
   // in steps, so that no placement's order of summation decides
   const float cost = std::ceil(rerounding / kRerounding) * kRerounding;

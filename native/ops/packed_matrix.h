@@ -19,7 +19,7 @@ struct MatrixPlace {
   std::size_t bias = 0;  // 0: none
   std::size_t end = 0;
 };
-MatrixPlace place_matrix(const WeightFormat& format, std::int64_t rows, std::int64_t k, bool has_bias, std::size_t at);
+MatrixPlace place_matrix(const WeightFormat& format, std::int64_t rows, std::int64_t k, bool has_bias, std::size_t at, std::int64_t first_input = 0);
 
 // The same with its buffer: what kernels are given.
 struct PackedMatrix {
@@ -74,7 +74,8 @@ std::byte* element_at(const MatrixView& matrix, std::int64_t row, std::int64_t c
 // A row's values one after the other: its own memory, or a copy as fp32. Sets their dtype.
 const void* contiguous_row(const MatrixView& x, std::int64_t row, std::byte* copy, DType& dtype);
 
-// Sum over a matrix's weights of the mean squared error of rounding them to its side table's int8 scales (step^2 / 12).
+// Sum over a matrix's weights of the mean squared error of rounding them to its side table's int8 scales (step^2 / 12; less where
+// these are positive, as weights are multiples of them).
 double rerounding_noise(const PackedMatrix& matrix);
 
 // Every problem with a format, empty if none.

@@ -170,6 +170,21 @@ def test_every_placement_gives_what_one_node_gives(format, isa, policy, nodes, t
     assert np.isfinite(exact).all()
 
 
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_int4_shards_have_the_chunks_of_one_node(nodes, group):
+    """Chunks of 512 features begin where they do in the whole matrix; a shard's first and last may be parts of one."""
+    format = WeightFormat("int4", group=group)
+    one = Mixture(2, 64, 1400, format)
+    placed = Mixture(2, 64, 1400, format, policy="shard", nodes=nodes)
+    for name, weight in one.dequantised.items():
+        assert np.array_equal(placed.dequantised[name], weight), name
+    x = np.random.default_rng(4).standard_normal((40, 64)).astype(np.float32)
+    ids, weights = routed(40, 2, 2)
+    found, expected = placed(x, ids, weights), one.expected(x, ids, weights)
+    assert error(found, expected) <= EXPERTS_BAR["int4"], describe_worst(found, expected)
+
+
 def test_bf16_shards_add_up_to_one_node():
     x = np.random.default_rng(3).standard_normal((9, 64)).astype(np.float32)
     ids, weights = routed(9, 5, 2)

@@ -132,17 +132,64 @@ def rerounding(weights):
     return np.sqrt((steps**2 / 12).sum() * 512 / (weights**2).sum())
 
 
+def on_grids(values):
+    """The nearest values on grids of 16 levels, whose scales and minima are bfloat16 and no multiples of anything in common."""
+    groups = values.reshape(len(values), -1, 32)
+    low = groups.min(axis=2, keepdims=True)
+    scale = from_bf16(bf16((groups.max(axis=2, keepdims=True) - low) / 15))
+    low = from_bf16(bf16(low))
+    return (np.clip(np.round((groups - low) / scale), 0, 15) * scale + low).astype(np.float32).reshape(values.shape)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tiles_multiply_whole_grids_as_they_are(symmetric, group):
+    """All but for rounding scales and minima to bfloat16; weights that have a grid of their own keep that and are re-rounded."""
+    format = WeightFormat("int4", group=group, symmetric=symmetric, activations="bf16")
+    x = np.random.default_rng(7).standard_normal((40, 2048)).astype(np.float32)
+    whole = Layer(96, 2048, format, isa="amx", bias=False)
+    assert error(whole(x), whole.expected(x)) <= 0.0047 < 0.0065 < rerounding(whole.dequantised)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+@pytest.mark.parametrize("every", [1, 2, 16])
+def test_columns_with_a_grid_of_their_own_keep_it_beside_whole_ones(every):
+    """`every`: a column of so many; with 16, half of the tiles have but one."""
+    x = np.random.default_rng(8).standard_normal((40, 2048)).astype(np.float32)
+
+    def some_on_grids(values):
+        values[::every] = on_grids(values[::every])
+        return values
+
+    values = some_on_grids(np.random.default_rng(0).standard_normal((96, 2048)).astype(np.float32))
+    layer = Layer(96, 2048, WeightFormat("int4", activations="bf16"), isa="amx", bias=False, change=some_on_grids)
+    assert np.array_equal(layer.dequantised[::every], values[::every])
+    others = np.delete(np.arange(96), np.s_[::every])
+    assert all(0.06 < error(layer.dequantised[row], values[row]) < 0.085 for row in others)
+    found, expected = layer(x), layer.expected(x)
+    assert 0.0055 < error(found[:, ::every], expected[:, ::every]) <= 0.0085  # re-rounded
+    assert error(found, expected) <= 0.0085
+
+
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
 @pytest.mark.parametrize("kind", ["int4", "mxfp4"])
 def test_tiles_keep_inputs_as_exact_as_the_weights_need(kind):
-    """Rounded inputs take what the bar leaves beside re-rounded weights; where those take it all, inputs keep 15 bits."""
+    """Rounded inputs take what the bar leaves beside re-rounded weights; where those take it all, inputs keep 15 bits.
+
+    Of int4 those are re-rounded that lie on a grid of their own.
+    """
+
+    def plain_weights(values):
+        return on_grids(values) if kind == "int4" else values
 
     def stand_out(values):
+        values = plain_weights(values)
         values[:, ::512] = 4.5  # one input of each 512 decides the step: 1.5 times as large as a normal distribution's
         return values
 
     x = np.random.default_rng(4).standard_normal((96, 2048)).astype(np.float32)
-    plain = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False)
+    plain = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False, change=plain_weights)
     heavy = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False, change=stand_out)
     costs = {layer: rerounding(layer.dequantised) for layer in (plain, heavy)}
     assert costs[plain] < 0.0085 < costs[heavy]

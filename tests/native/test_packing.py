@@ -16,7 +16,7 @@ GAUSSIAN = {
     "bf16": 2e-3,
     "int8": 1e-2,
     "int4-g32": 0.072,
-    "int4-g32-symmetric": 0.082,
+    "int4-g32-symmetric": 0.085,
     "int4-g64": 0.084,
     "int4-g128": 0.094,
     "int4-g128-symmetric": 0.099,
