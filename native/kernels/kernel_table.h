@@ -72,6 +72,7 @@ struct PrepareArgs {
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
   bool* has_high;               // halves: of the row; if it has none, `high` is left as it is (null: zeros are stored)
+  bool streamed;                // with lists: `low` past the caches, where there is a way; its units lie on whole cache lines
   RowLists lists;               // of the row; instead of `high` and `flags`. Needs a target_error of kListedError or more
 };
 

@@ -154,11 +154,12 @@ NUMAGRAFT_INLINE int list_unit(const RowLists& lists, std::int64_t unit, __m512i
 template <bool one_half, bool sums, bool lists>
 NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
   std::int64_t listed = 0;
+  const bool streamed = lists && a.streamed;
   const bool stores_high = !lists && (!one_half || a.has_high == nullptr);
   const __m512i ones = _mm512_set1_epi16(1);
   __m512i total = _mm512_setzero_si512();
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
-    __builtin_prefetch(a.low + (unit + kUnitsAhead) * a.unit_stride, 1);
+    if (!streamed) __builtin_prefetch(a.low + (unit + kUnitsAhead) * a.unit_stride, 1);
     ask_for_next(a, unit);
     if (stores_high) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
     __m512i q[2];
@@ -184,9 +185,15 @@ NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
     } else if (stores_high) {
       _mm512_storeu_si512(a.high + unit * a.unit_stride, high);
     }
-    _mm512_storeu_si512(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]));
+    std::byte* const low = a.low + unit * a.unit_stride;
+    if (streamed) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(low), unit_bytes(q[0], q[1]));
+    } else {
+      _mm512_storeu_si512(low, unit_bytes(q[0], q[1]));
+    }
   }
   if constexpr (lists) a.lists.begin[a.units * a.lists.rows] = static_cast<std::uint16_t>(listed);
+  if (streamed) _mm_sfence();  // such stores would not be ordered before the barrier's
   return _mm512_reduce_add_epi32(total);
 }
 

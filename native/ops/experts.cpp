@@ -27,6 +27,7 @@ constexpr std::int64_t kSumBytes = 4 << 20;       // fp32 sums of a pass over th
 constexpr std::int64_t kResultBytesInPieces = 512 << 10;
 constexpr std::int64_t kSumBytesInPieces = 8 << 20;
 constexpr std::int64_t kStreamedInnerBytes = 2 << 20;  // inner rows that caches would lose before they are read
+constexpr std::int64_t kStreamedPreparedBytes = 16 << 20;  // the same of what they are quantised to (6 MiB: slower, 28: faster)
 constexpr std::int64_t kListedRows = 32;  // of an expert in the mean: with fewer, a second pass of tiles waits for memory anyway
 constexpr std::int64_t kSlabTokens = 2048;
 
@@ -429,12 +430,13 @@ void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t ex
 
 void ExpertsWeights::prepare_inner(const Call& call, const Work& work, Range mine) const {
   const std::int64_t frame = places_[static_cast<std::size_t>(teams_.shards()[static_cast<std::size_t>(work.shard)].parts[0])].frame;
+  const bool streamed = work.routing->pairs() * frame > kStreamedPreparedBytes;
   std::size_t expert = 0;
   for (std::int64_t pair = mine.begin; pair < mine.end; ++pair) {
     while (pair >= work.routing->experts[expert].first + work.routing->experts[expert].rows) ++expert;
     work.inner_rows[expert].prepare(work.prepared + work.inner_offsets[expert], pair - work.routing->experts[expert].first,
                                     work.inner + pair * frame, DType::bf16, inner_error(format_, call.listed), 0, nullptr,
-                                    pair + 1 < mine.end ? work.inner + (pair + 1) * frame : nullptr);
+                                    pair + 1 < mine.end ? work.inner + (pair + 1) * frame : nullptr, streamed);
   }
 }
 

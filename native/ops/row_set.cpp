@@ -86,7 +86,7 @@ void RowSet::clear_flags(std::byte* base, std::int64_t first_block, std::int64_t
 }
 
 void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error,
-                     bool* has_high, const void* next) const {
+                     bool* has_high, const void* next, bool streamed) const {
   const std::int64_t index = row / block_rows_;
   const auto in_block = static_cast<std::size_t>(row % block_rows_);
   const int stride = stride_rows(index);
@@ -112,6 +112,7 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.flags = reinterpret_cast<std::uint8_t*>(at + o.flags);
   args.flag_bit = static_cast<std::uint8_t>(1 << (in_block / 16));
   args.has_high = has_high;
+  args.streamed = streamed;
   args.lists = lists(at, stride, static_cast<std::int64_t>(in_block));
   kernels_->prepare(args);
 }

@@ -34,8 +34,9 @@ class RowSet {
 
   // Row `row` from k contiguous values of any dtype. With `has_high` a row's high halves are not stored where it has none
   // (*has_high says so): enough for a row by itself; a block of more is finished by clear_high. Memory is asked for `next`.
+  // `streamed`: what is prepared goes past the caches where high halves are listed; `base` is then the beginning of a cache line.
   void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error = 0,
-               bool* has_high = nullptr, const void* next = nullptr) const;
+               bool* has_high = nullptr, const void* next = nullptr, bool streamed = false) const;
   // Zeros in the flagged units of the rows that have no high half, once all rows of the block are prepared.
   void clear_high(std::byte* base, std::int64_t block, const bool* has_high) const;
   // Every row, row i from prepared row first_source + sources[i] of another set over the same inputs whose blocks hold one

@@ -114,6 +114,19 @@ def test_experts_with_more_rows_than_a_pass_takes(isa, format):
     assert error(found, np.roll(expected, 1, axis=0)) > 1
 
 
+@pytest.mark.parametrize("isa", ISAS[-1:])
+def test_inner_rows_that_go_past_the_caches_are_the_same(isa):
+    """Beyond 16 MiB of quantised inner rows; the same tokens in a small call go through the caches."""
+    mixture = Mixture(2, 64, 8192, WeightFormat("int8"), isa=isa, threads=2)
+    x = np.random.default_rng(10).standard_normal((1100, 64)).astype(np.float32)
+    ids, weights = routed(1100, 2, 2)
+    found = mixture(x, ids, weights)
+    few = [mixture(x[at : at + 100], ids[at : at + 100], weights[at : at + 100]) for at in range(0, 1100, 100)]
+    assert (found == np.concatenate(few)).all(), describe_worst(found, np.concatenate(few))
+    assert error(found, mixture.expected(x, ids, weights)) <= EXPERTS_BAR["int8"]
+    assert (found != np.roll(found, 1, axis=0)).any(axis=1).all()  # the control: no row is like another
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize(("hidden", "intermediate"), [(70, 15000), (15000, 70)])
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
