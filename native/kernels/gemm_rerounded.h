@@ -105,8 +105,9 @@ NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const Factors& factors,
   const __m512i nibble = _mm512_set1_epi16(15);
   const __m512i nibbles = _mm512_set1_epi8(15);
   const __m512i byte = _mm512_set1_epi16(255);
-  const __m512i* s = factors.scale;
-  const __m512i* k = factors.offset;
+  const Factors f = factors;  // in registers: the stores might change what lies in memory
+  const __m512i* s = f.scale;
+  const __m512i* k = f.offset;
 #pragma GCC unroll 8
   for (int row = 0; row < 8; ++row) {
     const std::byte* line = from + row * 64;
@@ -169,22 +170,20 @@ NUMAGRAFT_INLINE void find_factors(const Layout& layout, const std::byte* unit, 
 
 template <bool symmetric, bool asks>
 NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const WholeFactors& factors, std::byte* to) {
+  const WholeFactors f = factors;
   const __m512i nibbles = _mm512_set1_epi8(15);
 #pragma GCC unroll 8
   for (int row = 0; row < 8; ++row) {
     const std::byte* line = from + row * 64;
     if constexpr (asks) prefetch(line + kExpansionAhead);
-    const __m512i v = _mm512_loadu_si512(line);
-    __m512i q[2];
-    if constexpr (symmetric) {
-      q[0] = _mm512_ternarylogic_epi32(v, nibbles, factors.flip[0], 0x6A);  // (v & nibbles) ^ flip
-      q[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(v, 4), nibbles, factors.flip[1], 0x6A);
-    } else {
-      q[0] = _mm512_and_si512(v, nibbles);
-      q[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibbles);
-    }
+    __m512i low = _mm512_loadu_si512(line);
+    __asm__("" : "+v"(low));  // loaded once
+    const __m512i high = _mm512_srli_epi16(low, 4);
     for (int g = 0; g < 2; ++g) {
-      _mm512_store_si512(to + g * 512 + row * 64, _mm512_add_epi8(_mm512_mullo_epi16(q[g], factors.scale[g]), factors.minimum[g]));
+      const __m512i v = g == 0 ? low : high;
+      const __m512i q = symmetric ? _mm512_ternarylogic_epi32(v, nibbles, f.flip[g], 0x6A)  // (v & nibbles) ^ flip
+                                  : _mm512_and_si512(v, nibbles);
+      _mm512_store_si512(to + g * 512 + row * 64, _mm512_add_epi8(_mm512_mullo_epi16(q, f.scale[g]), f.minimum[g]));
     }
   }
 }
