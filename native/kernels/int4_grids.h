@@ -17,10 +17,10 @@ struct Found {
   F error;  // squared, summed over the group
 };
 
+constexpr int kMostGroup = 128;
+
 // Nearest integer of |x| < 2^22, ties to even.
 NUMAGRAFT_INLINE F whole_number(F x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
-typedef std::int16_t I16Pairs __attribute__((vector_size(kLanes * 4)));
-constexpr int kMostGroup = 128;
 NUMAGRAFT_INLINE Grid choose(I mask, const Grid& a, const Grid& b) { return {select(mask, a.scale, b.scale), select(mask, a.minimum, b.minimum)}; }
 template <bool symmetric>
 NUMAGRAFT_INLINE Grid rounded(F scale, F minimum) {
@@ -166,6 +166,7 @@ NUMAGRAFT_INLINE I at_most16(I x, I most) {
 }
 NUMAGRAFT_INLINE I square_pairs16(I x) { return lower16(x) * lower16(x) + (x >> 16) * (x >> 16); }
 #endif
+typedef std::int16_t I16Pairs __attribute__((vector_size(kLanes * 4)));
 NUMAGRAFT_INLINE I twice16(I x) { return (x & 0xFFFF) | (x << 16); }
 
 template <bool symmetric>

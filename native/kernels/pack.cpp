@@ -74,18 +74,7 @@ void pack(const PackArgs& a) {
       widen_range(*a.layout, staged, range);
     }
   }
-  if (a.layout->kind == WeightKind::int4) {
-    // Whole chunks, with their inputs in other parts.
-    Layout chunks = *a.layout;
-    chunks.units = stage_units(*a.layout);
-    chunks.k = chunks.units * kUnitInputs;
-    PackArgs all = a;
-    all.layout = &chunks;
-    all.first_input -= a.layout->lead_units * kUnitInputs;
-    gather_any(all, staged);
-    return a.layout->symmetric ? pack_int4<true>(a, staged) : pack_int4<false>(a, staged);
-  }
-  gather_any(a, staged);
+  a.layout->kind == WeightKind::int4 ? gather_chunks(a, staged) : gather_any(a, staged);
   switch (a.layout->kind) {
     case WeightKind::bf16:
       return pack_bf16(a, staged);
@@ -93,7 +82,7 @@ void pack(const PackArgs& a) {
       widen_range(*a.layout, staged, range);
       return pack_int8(a, staged, range);
     case WeightKind::int4:
-      return;  // above
+      return a.layout->symmetric ? pack_int4<true>(a, staged) : pack_int4<false>(a, staged);
     case WeightKind::fp8:
       return pack_fp8(a, staged);
     case WeightKind::mxfp4:

@@ -8,6 +8,17 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+// Whole chunks, with their inputs in other parts.
+void gather_chunks(const PackArgs& a, float* staged) {
+  Layout chunks = *a.layout;
+  chunks.units = stage_units(*a.layout);
+  chunks.k = chunks.units * kUnitInputs;
+  PackArgs all = a;
+  all.layout = &chunks;
+  all.first_input -= a.layout->lead_units * kUnitInputs;
+  gather_any(all, staged);
+}
+
 // A column takes whole grids where their squared error is at most so many times that of free ones after a short search, in the
 // mean over its groups in the chunk. Weights on a grid of their own, of a checkpoint that was quantised before, keep it.
 constexpr float kWholeCost = 1.25f;
@@ -62,6 +73,7 @@ void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
   });
 }
 
+// `staged`: by gather_chunks.
 template <bool symmetric>
 void pack_int4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
