@@ -85,37 +85,36 @@ struct Search {
   }
 };
 
-struct Range {
+// What all searches over a group begin with.
+struct Summary {
   F low;
   F high;
+  F sum;
+  F squares;
 };
-NUMAGRAFT_INLINE Range range_of(const float* staged, int slice, int inputs) {
-  Range range{at(staged, 0, slice), at(staged, 0, slice)};
-  for (int k = 1; k < inputs; ++k) {
-    range.low = minimum(range.low, at(staged, k, slice));
-    range.high = maximum(range.high, at(staged, k, slice));
+NUMAGRAFT_INLINE Summary summary_of(const float* staged, int slice, int inputs) {
+  Summary group{at(staged, 0, slice), at(staged, 0, slice), F{}, F{}};
+  for (int k = 0; k < inputs; ++k) {
+    const F w = at(staged, k, slice);
+    group.low = minimum(group.low, w);
+    group.high = maximum(group.high, w);
+    group.sum += w;
+    group.squares += w * w;
   }
-  return range;
+  return group;
 }
 
 // Grids that span less than the range often have the smaller squared error: a few spans are tried, the best refitted once
 // more, and, if `thorough`, its neighbours a few per cent wider and narrower, each refitted.
 template <bool symmetric, bool thorough>
-Found search(const float* staged, int slice, int inputs, const Range& range) {
-  F sum = {};
-  F squares = {};
-  for (int k = 0; k < inputs; ++k) {
-    const F w = at(staged, k, slice);
-    sum += w;
-    squares += w * w;
-  }
+Found search(const float* staged, int slice, int inputs, const Summary& group) {
   const F n = splat(static_cast<float>(inputs));
-  const F middle = (range.low + range.high) * splat(0.5f);
-  const F spread = symmetric ? squares : maximum(squares - sum * sum / n, F{});
-  Search<symmetric> best{staged, slice, inputs, sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
+  const F middle = (group.low + group.high) * splat(0.5f);
+  const F spread = symmetric ? group.squares : maximum(group.squares - group.sum * group.sum / n, F{});
+  Search<symmetric> best{staged, slice, inputs, group.sum, spread, splat(__builtin_inff()), {F{}, symmetric ? F{} : middle}};
   if constexpr (symmetric) {
     // The integers reach -8 but only +7: the side with the larger magnitude gets the -8, by the scale's sign, or the +7.
-    const F extreme = select(-range.low > range.high, range.low, range.high);
+    const F extreme = select(-group.low > group.high, group.low, group.high);
     constexpr float reaches[] = {-8.4f, -7.6f, -6.8f, 7.5f, 6.7f};
     for (float reach : reaches) best.look_at(rounded<true>(extreme * splat(1.0f / reach), F{}));
     best.look_at(best.grid);
@@ -124,7 +123,7 @@ Found search(const float* staged, int slice, int inputs, const Range& range) {
   } else {
     const auto around = [](F centre, F scale) { return rounded<false>(scale, centre - scale * splat(7.5f)); };
     constexpr float spans[] = {1.0f, 0.9f, 0.8f};
-    for (float span : spans) best.look_at(around(middle, (range.high - range.low) * splat(span / 15.0f)));
+    for (float span : spans) best.look_at(around(middle, (group.high - group.low) * splat(span / 15.0f)));
     best.look_at(best.grid);
     constexpr float neighbours[] = {1.03f, 0.97f};
     for (int i = 0; thorough && i < 2; ++i) {
@@ -202,7 +201,7 @@ struct WholeSearch {
 };
 
 template <bool symmetric>
-Found search_whole(const float* staged, int slice, int inputs, const Grid& free, const Range& range, F step) {
+Found search_whole(const float* staged, int slice, int inputs, const Grid& free, const Summary& group, F step) {
   const F inverse = reciprocal_or_zero(step);
   I pairs[kMostGroup / 2];
   const int count = (inputs + 1) / 2;
@@ -216,7 +215,7 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
   const auto limited = [](F r, float most) { return maximum(splat(1.0f), minimum(splat(most), r)); };
   if constexpr (symmetric) {
     // w = r (q - 8), or w = -r (q - 8), which is r (15 - q) - 7 r
-    const F extreme = maximum(-range.low, range.high) * inverse;
+    const F extreme = maximum(-group.low, group.high) * inverse;
     const F least = whole_number(extreme * splat(1.0f / 9.0f) - splat(0.5f));
     for (int i = 0; i < 6; ++i) {
       const F r = limited(least + splat(static_cast<float>(i)), 15.0f);

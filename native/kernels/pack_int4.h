@@ -42,21 +42,19 @@ void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
       }
     }
   };
-  Range ranges[kSlices][kChunkInputs / 32];
+  Summary summaries[kSlices][kChunkInputs / 32];
   for (F& step : chunk.step) step = F{};
   each_group([&](int slice, int index, const float* members, int count) {
-    const Range range = ranges[slice][index] = range_of(members, slice, count);
-    chunk.step[slice] = maximum(maximum(-range.low, range.high), chunk.step[slice]);
+    const Summary summary = summaries[slice][index] = summary_of(members, slice, count);
+    chunk.step[slice] = maximum(maximum(-summary.low, summary.high), chunk.step[slice]);
   });
   for (F& step : chunk.step) step *= splat(1.0f / kInt8Reach);
   F cost[kSlices] = {};
   each_group([&](int slice, int index, const float* members, int count) {
-    const Range& range = ranges[slice][index];
-    const Found free = search<symmetric, false>(members, slice, count, range);
-    const Found whole = search_whole<symmetric>(members, slice, count, free.grid, range, chunk.step[slice]);
-    F power = {};
-    for (int k = 0; k < count; ++k) power += at(members, k, slice) * at(members, k, slice);
-    const F exact = power * splat(kExact) + splat(1e-30f);
+    const Summary& summary = summaries[slice][index];
+    const Found free = search<symmetric, false>(members, slice, count, summary);
+    const Found whole = search_whole<symmetric>(members, slice, count, free.grid, summary, chunk.step[slice]);
+    const F exact = summary.squares * splat(kExact) + splat(1e-30f);
     cost[slice] += (whole.error + exact) / (free.error + exact);
     chunk.grids[slice][index] = whole.grid;
   });
@@ -68,7 +66,7 @@ void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
   }
   each_group([&](int slice, int index, const float* members, int count) {
     if (all_whole[slice]) return;
-    const Grid free = search<symmetric, true>(members, slice, count, ranges[slice][index]).grid;
+    const Grid free = search<symmetric, true>(members, slice, count, summaries[slice][index]).grid;
     chunk.grids[slice][index] = choose(chunk.whole[slice], chunk.grids[slice][index], free);
   });
 }
