@@ -8,6 +8,15 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+// The end of the units that have a unit's side-table scale, as far as they are multiplied; and those scales.
+NUMAGRAFT_INLINE std::int64_t span_end(const GemmArgs& a, std::int64_t unit) {
+  const std::int64_t end = span_end(*a.layout, unit);
+  return end < a.last_unit ? end : a.last_unit;
+}
+NUMAGRAFT_INLINE const float* span_side(const GemmArgs& a, std::int64_t panel, std::int64_t unit) {
+  return panel_side(a, panel) + span_of(*a.layout, unit) * kPanelColumns;
+}
+
 // Re-rounded, a weight becomes the upper byte of q s + m, 16-bit integers: s and m are its group's scale and minimum in units of 1/256 of
 // the column's int8 scale, m with what rounds. The addition costs nothing: bits above q's four are free, and as s is made odd,
 // some multiple k of 16 has k s = m (mod 2^16, m a multiple of 16). So q | k times s is all.
@@ -41,7 +50,7 @@ NUMAGRAFT_INLINE __m512i join_halves(__m512i low, __m512i high) {
 }
 
 template <WeightKind kind, bool symmetric>
-NUMAGRAFT_INLINE void find_factors(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, Factors& to) {
+NUMAGRAFT_INLINE void find_factors_of(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, Factors& to) {
   constexpr int used_bits = kind == WeightKind::mxfp4 ? 5 : 4;  // of a nibble, or of an e2m1 times two plus 12
   const std::byte* scales = unit + layout.data_bytes;
   const __m512 to_integer = _mm512_set1_ps(12582912.0f);  // the sum's low bits are the integer
@@ -141,7 +150,7 @@ struct WholeFactors {  // of 16 columns of a unit, by group of 32 inputs
 };
 
 template <bool symmetric>
-NUMAGRAFT_INLINE void find_factors(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, WholeFactors& to) {
+NUMAGRAFT_INLINE void find_factors_of(const Layout& layout, const std::byte* unit, int tile, __m512 inverse, WholeFactors& to) {
   const __m512i low_to_halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
   const __m512i low_to_bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
   const __m512 to_integer = _mm512_set1_ps(12582912.0f);  // the sum's low bits are the integer
@@ -185,68 +194,100 @@ NUMAGRAFT_INLINE void expand_tile(const std::byte* from, const WholeFactors& fac
   }
 }
 
-// The first block expands a chunk, some units before its tiles need them. A chunk that only one block multiplies is expanded
-// into a small ring: stores that stay in L1 take half as long as those that fall out of it.
+// Expands the units of a multiplication in their order, chunk after chunk and panel after panel, some before the tiles need them.
+// They go to a ring, which is small where tiles go over each once: stores that stay in L1 take half as long as those that fall out of it.
 template <WeightKind kind, bool symmetric>
 class Expansion {
  public:
-  Expansion(const Layout& layout, const std::byte* weights, std::int64_t units, const float* side, bool once, std::byte* to)
-      : layout_(layout),
-        from_(weights),
-        units_(units),
-        slots_(once ? kEarly + 1 : kChunkUnits),
-        whole_{are_whole<kind>(side), are_whole<kind>(side + kTileColumns)},
-        inverses_{inverse_scales(side, whole_[0]), inverse_scales(side + kTileColumns, whole_[1])},
-        to_(to) {
-    for (int tile = 0; tile < 2; ++tile) {
-      if (whole_[tile]) {
-        find_factors<symmetric>(layout_, from_, tile, inverses_[tile], whole_factors_[tile]);
-      } else {
-        find_factors<kind, symmetric>(layout_, from_, tile, inverses_[tile], factors_[tile]);
-      }
-    }
+  static constexpr std::int64_t kSlots = 2 * kChunkUnits;
+
+  // `kept`: the longest chunk that several passes go over (0: there is none). `asks`: memory is asked for the units here. `to`: room
+  // for kSlots units of two tiles.
+  Expansion(const GemmArgs& a, std::int64_t kept, bool asks, std::byte* to)
+      : a_(a), slots_(kept > kEarly ? kept : kEarly + 1), early_(asks ? kEarly : 1), asks_(asks), count_(a.panels * (a.last_unit - a.first_unit)), to_(to), unit_(a.first_unit) {
+    begin_span(*this);
+    for (int tile = 0; tile < 2; ++tile) find_factors(*this, tile);
   }
-  // The two tiles of a unit.
-  NUMAGRAFT_INLINE const std::byte* tiles(Expansion& e, std::int64_t unit) {
-    const std::int64_t end = unit + 1 + kEarly < e.units_ ? unit + 1 + kEarly : e.units_;
-    while (e.done_ < end) e.slots_ < kChunkUnits ? expand<true>(e) : expand<false>(e);
-    return e.to_ + unit % e.slots_ * 2 * kTileBytes;
+  // The two tiles of a unit, counted from the first of the multiplication. Units before `end` are expanded somewhat before they are needed.
+  NUMAGRAFT_INLINE const std::byte* tiles(Expansion& e, std::int64_t index, std::int64_t end) {
+    if (index + 1 + e.early_ < end) end = index + 1 + e.early_;
+    while (e.done_ < end) e.asks_ ? expand<true>(e) : expand<false>(e);
+    return slot(e, index);
   }
+  std::int64_t count() const { return count_; }
 
  private:
-  static constexpr std::int64_t kEarly = 4;
+  // Odd: 2 and 4 units further lies what is stored at the same place of a page as what is multiplied, and loads wait for it. Where
+  // requests come from between the products, what is expanded earlier has not arrived (64 rows: 1.69 T op/s, with 3: 1.59).
+  static constexpr std::int64_t kEarly = 3;
+
+  NUMAGRAFT_INLINE std::byte* slot(const Expansion& e, std::int64_t index) {
+    return e.to_ + std::int64_t{static_cast<std::uint32_t>(index) % e.slots_} * 2 * kTileBytes;
+  }
+  // The scales of the inputs that begin.
+  NUMAGRAFT_INLINE void begin_span(Expansion& e) {
+    const Layout& layout = *e.a_.layout;
+    e.weights_ = e.a_.panel + e.panel_ * layout.panel_bytes + e.unit_ * layout.unit_bytes;
+    e.span_end_ = span_end(e.a_, e.unit_);
+    const float* side = span_side(e.a_, e.panel_, e.unit_);
+    for (int tile = 0; tile < 2; ++tile) {
+      e.whole_[tile] = are_whole<kind>(side + tile * kTileColumns);
+      e.inverses_[tile] = inverse_scales(side + tile * kTileColumns, e.whole_[tile]);
+    }
+  }
+  NUMAGRAFT_INLINE void find_factors(Expansion& e, int tile) {
+    if (e.whole_[tile]) {
+      find_factors_of<symmetric>(*e.a_.layout, e.weights_, tile, e.inverses_[tile], e.whole_factors_[tile]);
+    } else {
+      find_factors_of<kind, symmetric>(*e.a_.layout, e.weights_, tile, e.inverses_[tile], e.factors_[tile]);
+    }
+  }
 
   template <bool asks>
-  NUMAGRAFT_INLINE void expand(Expansion& e) {
-    const std::byte* unit = e.from_ + e.done_ * e.layout_.unit_bytes;
-    const std::byte* next = e.done_ + 1 < e.units_ ? unit + e.layout_.unit_bytes : unit;
-    std::byte* to = e.to_ + e.done_ % e.slots_ * 2 * kTileBytes;
+  __attribute__((noinline)) static void expand(Expansion& e) {
+    const Layout& layout = *e.a_.layout;
+    const std::byte* unit = e.weights_;
+    std::byte* to = slot(e, e.done_);
     if constexpr (asks) {
-      for (std::int64_t line = e.layout_.data_bytes; line < e.layout_.unit_bytes; line += 64) prefetch(unit + line + kExpansionAhead);
+      for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch(unit + line + kExpansionAhead);
+    }
+    const bool whole[2] = {e.whole_[0], e.whole_[1]};
+    if (++e.done_ < e.count_) {
+      e.weights_ += layout.unit_bytes;
+      if (++e.unit_ == e.span_end_) {
+        if (e.unit_ == e.a_.last_unit) {
+          e.unit_ = e.a_.first_unit;
+          ++e.panel_;
+        }
+        begin_span(e);
+      }
     }
     // After each tile's lines come its factors in the next unit: the other tile's lines give their chain of operations time.
     for (int tile = 0; tile < 2; ++tile) {
       const std::byte* lines = unit + tile * kTileBytes / 2;
       std::byte* expanded = to + tile * kTileBytes;
-      if (e.whole_[tile]) {
+      if (whole[tile]) {
         expand_tile<symmetric, asks>(lines, e.whole_factors_[tile], expanded);
-        find_factors<symmetric>(e.layout_, next, tile, e.inverses_[tile], e.whole_factors_[tile]);
       } else {
         expand_tile<kind, asks>(lines, e.factors_[tile], expanded);
-        find_factors<kind, symmetric>(e.layout_, next, tile, e.inverses_[tile], e.factors_[tile]);
       }
+      find_factors(e, tile);
     }
-    ++e.done_;
   }
 
-  const Layout& layout_;
-  const std::byte* from_;
-  std::int64_t units_;
-  std::int64_t slots_;
-  bool whole_[2];
-  __m512 inverses_[2];
+  const GemmArgs& a_;
+  std::uint32_t slots_;
+  std::int64_t early_;
+  bool asks_;
+  std::int64_t count_;
   std::byte* to_;
   std::int64_t done_ = 0;
+  std::int64_t panel_ = 0;  // of the next unit
+  std::int64_t unit_;
+  std::int64_t span_end_;
+  const std::byte* weights_;
+  bool whole_[2];
+  __m512 inverses_[2];
   Factors factors_[2];
   WholeFactors whole_factors_[2];  // instead, of a whole tile
 };

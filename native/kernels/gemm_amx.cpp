@@ -14,7 +14,6 @@ namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
 constexpr std::int64_t kFewHighUnits = 3;  // one in so many
-constexpr int kLongChunksFrom = 3;         // blocks
 constexpr int kListsAhead = 4;             // rows
 constexpr int kInt8RowsPerStep = 2;        // of a visit: lists take as long as products, and share their time evenly
 
@@ -89,10 +88,6 @@ struct Int8Visit {
   }
 };
 
-// Of chunks that several blocks read. Their inputs leave L1 to the weights, and a longer chunk has fewer sums to store and to
-// load; but the more of memory's time is waited for at its start, the fewer blocks go over it.
-std::int64_t chunk_units(const GemmArgs& a) { return a.block_count >= kLongChunksFrom ? 2 * kChunkUnits : kChunkUnits; }
-
 // Calls body(panel, first, last, c) for every panel's chunks of up to `units`, nearly equal. Where weights are read once,
 // the panel is one chunk and its sums stay in the tiles.
 template <class Body>
@@ -113,7 +108,7 @@ void gemm_int8(const GemmArgs& a) {
   const bool once = count_steps(a, a.first_unit, a.last_unit) == units;
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   Passes<Multiply::by_unsigned, Int8Visit, kInt8RowsPerStep> passes;
-  for_chunks(a, once ? units : chunk_units(a), [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
+  for_chunks(a, once ? units : longest_chunk(a), [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* w = a.panel + panel * layout.panel_bytes;
     const std::int64_t bytes = (last - first) * layout.unit_bytes;
     std::int64_t steps = (last - first) * a.block_count;
@@ -208,7 +203,7 @@ void gemm_bf16(const GemmArgs& a) {
   if (layout.kind == WeightKind::fp8) prefetch_first_scales(a);
   const bool once = a.block_count == 1;
   std::int64_t units = kFloatChunkUnits;  // fp8 is expanded into so much
-  if (layout.kind == WeightKind::bf16) units = once ? a.last_unit - a.first_unit : chunk_units(a) / 2;
+  if (layout.kind == WeightKind::bf16) units = once ? a.last_unit - a.first_unit : longest_chunk(a) / 2;
   Passes<Multiply::bf16, NoVisit> passes;
   for_chunks(a, units, [&](std::int64_t panel, std::int64_t first, std::int64_t last, float* c) {
     const std::byte* stream = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
@@ -258,7 +253,9 @@ void gemm(const GemmArgs& a) {
   // Few rows: re-rounding a chunk takes longer than its products, and int8 vectors ask memory more evenly than tiles do.
   const int vectors_below = kind == WeightKind::int8 ? kInt8HighRows + 1 : kReroundRowsFrom;
   const bool integers = kind != WeightKind::bf16 && kind != WeightKind::fp8;
-  if (integers && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni(a);
+  const bool grouped = kind == WeightKind::int4 || kind == WeightKind::mxfp4;
+  const bool for_vectors = !grouped || a.blocks[0].group_sum != nullptr;  // else the last rows of more
+  if (integers && for_vectors && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni(a);
   configure_tiles();
   switch (kind) {
     case WeightKind::int8:

@@ -41,26 +41,40 @@ struct ReroundedVisit {
   }
 };
 
+// A panel of no more units is one chunk, even for few blocks.
+constexpr std::int64_t kShortPanel = 12;
+
 template <WeightKind kind, bool symmetric>
 void gemm_rerounded(const GemmArgs& a) {
-  alignas(64) std::byte expanded[kChunkInputs * kPanelColumns];
+  using Expanded = Expansion<kind, symmetric>;
+  alignas(64) std::byte expanded[Expanded::kSlots * 2 * kTileBytes];
   alignas(64) std::int32_t low[kBlockRows * kPanelColumns];
   alignas(64) std::int32_t high[kBlockRows * kPanelColumns];
   const Layout& layout = *a.layout;
+  const bool alone = a.block_count == 1;
+  const bool one_tile = alone && a.blocks[0].stride_rows <= 16;
+  const std::int64_t units = a.last_unit - a.first_unit;
+  const std::int64_t most = units <= kShortPanel ? units : longest_chunk(a);
   prefetch_first_scales(a);
+  Expanded expansion(a, one_tile ? 0 : most, alone, expanded);
   Passes<Multiply::by_signed, ReroundedVisit> passes;
+  std::int64_t before = 0;  // units of the chunks before this one
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
-    for (std::int64_t first = a.first_unit, last; first < a.last_unit; first = last) {
-      last = chunk_end(layout, first);
+    for (std::int64_t first = a.first_unit, last; first < a.last_unit; before += last - first, first = last) {
+      // Of a span, nearly equal; all of it where tiles go over it once.
+      last = span_end(a, first);
+      const std::int64_t chunks = (last - first + most - 1) / most;
+      const bool once = one_tile || (alone && count_flagged(a.blocks[0], first, last) == 0);
+      if (!once) last = first + (last - first + chunks - 1) / chunks;
+      // Where later passes need this chunk, the next one's units have no place yet.
+      const std::int64_t limit = once ? expansion.count() : before + last - first;
+      const auto weights = [&](std::int64_t unit) { return Expanded::tiles(expansion, before + unit - first, limit); };
       const std::byte* w = a.panel + panel * layout.panel_bytes + first * layout.unit_bytes;
-      const float* side = panel_side(a, panel) + chunk_of(layout, first) * kPanelColumns;
+      const float* side = span_side(a, panel, first);
       prefetch_scales(side + panel_side_floats(layout));
       const std::int64_t steps = count_steps(a, first, last);
-      const bool once = steps == last - first;
-      Expansion<kind, symmetric> expansion(layout, w, last - first, side, once, expanded);
-      const auto weights = [&](std::int64_t unit) { return Expansion<kind, symmetric>::tiles(expansion, unit - first); };
       // A chunk that one block reads is asked for by its expansion, the chunk behind a larger one between its products.
-      Ahead ahead(w, once ? 0 : (last - first) * layout.unit_bytes, chunk_behind(a, first, last), 0, steps, once);
+      Ahead ahead(w, alone ? 0 : (last - first) * layout.unit_bytes, chunk_behind(a, first, last), 0, steps, alone);
       float* c = a.c + panel * a.c_panel_stride;
       for (int b = 0; b < a.block_count; ++b, c += kBlockRows * kPanelColumns) {
         const RowBlock& block = a.blocks[b];

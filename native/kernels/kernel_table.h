@@ -43,7 +43,7 @@ struct RowBlock {
   const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set. bf16_f16: the fp16 values
   const float* scale = nullptr;           // [rows]; of bf16_f16's fp16 values
   const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
-  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each, or null
+  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each; null: only tiles multiply
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
   RowLists lists;                         // instead of `high` and `flags`
   int rows = 0;
@@ -72,7 +72,7 @@ struct PrepareArgs {
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
   bool* has_high;               // halves: of the row; if it has none, `high` is left as it is (null: zeros are stored)
-  bool streamed;                // with lists: `low` past the caches, where there is a way; its units lie on whole cache lines
+  bool streamed;                // halves: past the caches, where there is a way; units lie on whole cache lines
   RowLists lists;               // of the row; instead of `high` and `flags`. Needs a target_error of kListedError or more
 };
 
@@ -194,7 +194,7 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
 // Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole chunks.
 static inline std::int64_t stage_units(const Layout& layout) {
   if (layout.kind != WeightKind::int4) return layout.units;
-  return (layout.lead_units + layout.units + kChunkUnits - 1) / kChunkUnits * kChunkUnits;
+  return (layout.lead_units + layout.units + layout.span_units - 1) / layout.span_units * layout.span_units;
 }
 static inline std::int64_t stage_bytes(const Layout& layout) {
   return (stage_units(layout) + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};

@@ -40,8 +40,9 @@ Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k
       layout.data_bytes = elements / 2;
       layout.unit_groups = format.group >= kUnitInputs ? 1 : kUnitInputs / format.group;
       scale_bytes = std::int64_t{layout.unit_groups} * kPanelColumns * 2 * (format.symmetric ? 1 : 2);
-      layout.lead_units = first_input / kUnitInputs % kChunkUnits;
-      layout.scale_rows = ceil_div(layout.lead_units + layout.units, kChunkUnits);
+      layout.span_units = kInt4SpanInputs / kUnitInputs;
+      layout.lead_units = first_input / kUnitInputs % layout.span_units;
+      layout.scale_rows = ceil_div(layout.lead_units + layout.units, layout.span_units);
       break;
     case WeightKind::mxfp4:
       layout.data_bytes = elements / 2;
@@ -49,7 +50,8 @@ Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k
       layout.symmetric = true;
       layout.unit_groups = 2;
       scale_bytes = std::int64_t{layout.unit_groups} * kPanelColumns;
-      layout.scale_rows = ceil_div(k, kChunkInputs);
+      layout.span_units = kMxfp4SpanInputs / kUnitInputs;
+      layout.scale_rows = ceil_div(k, kMxfp4SpanInputs);
       break;
   }
   layout.unit_bytes = layout.data_bytes + scale_bytes;

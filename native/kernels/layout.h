@@ -12,10 +12,13 @@ namespace numagraft {
 inline constexpr int kPanelColumns = 32;
 inline constexpr int kUnitInputs = 64;
 inline constexpr int kTileColumns = 16;
-// Inputs under one side-table scale: the tile kernels expand int4 and mxfp4 to int8 per column and chunk, and every
-// tile kernel works through a panel in chunks of this many inputs, so that a chunk stays in L1.
+// Every tile kernel works through a panel in chunks of this many inputs or a multiple, so that a chunk stays in L1.
 inline constexpr int kChunkInputs = 512;
 inline constexpr std::int64_t kChunkUnits = kChunkInputs / kUnitInputs;
+// Tiles expand int4 and mxfp4 to int8 with a scale per column and span of so many inputs, which the side table holds. Longer
+// spans mean fewer sums to scale, and larger scales, as the largest of more weights sets them.
+inline constexpr int kInt4SpanInputs = 1024;
+inline constexpr int kMxfp4SpanInputs = 512;
 // Fewer rows than this multiply int4 and mxfp4 faster, and exactly, without tiles.
 inline constexpr int kReroundRowsFrom = 8;
 inline constexpr int kFp8Block = 128;
@@ -35,16 +38,17 @@ struct Layout {
   std::int64_t unit_bytes = 0;
   std::int64_t panel_bytes = 0;
   int unit_groups = 0;           // scale rows per unit (int4, mxfp4)
-  std::int64_t lead_units = 0;   // of the first chunk that belong to the part before this one (int4): see make_layout
+  std::int64_t span_units = kChunkUnits;  // of int4 and mxfp4: under one side-table scale
+  std::int64_t lead_units = 0;   // of the first span that belong to the part before this one (int4): see make_layout
   std::int64_t scale_rows = 0;   // of the side table, which holds [panel][row][32] floats: a panel's lie together
 };
 
-// `first_input`: where the matrix's inputs begin in the source. The chunks of int4 lie at multiples of kChunkInputs there, so
+// `first_input`: where the matrix's inputs begin in the source. The spans of int4 lie at multiples of kInt4SpanInputs there, so
 // that every placement has the same: the first and the last may be parts of one.
 Layout make_layout(const WeightFormat& format, std::int64_t rows, std::int64_t k, std::int64_t first_input = 0);
-static inline std::int64_t chunk_of(const Layout& layout, std::int64_t unit) { return (layout.lead_units + unit) / kChunkUnits; }
-static inline std::int64_t chunk_end(const Layout& layout, std::int64_t unit) {
-  const std::int64_t end = (chunk_of(layout, unit) + 1) * kChunkUnits - layout.lead_units;
+static inline std::int64_t span_of(const Layout& layout, std::int64_t unit) { return (layout.lead_units + unit) / layout.span_units; }
+static inline std::int64_t span_end(const Layout& layout, std::int64_t unit) {
+  const std::int64_t end = (span_of(layout, unit) + 1) * layout.span_units - layout.lead_units;
   return end < layout.units ? end : layout.units;
 }
 

@@ -25,12 +25,12 @@ constexpr float kWholeCost = 1.25f;
 constexpr float kExact = 1e-5f;  // of a group's power: an error that does not count
 
 struct Int4Chunk {
-  Grid grids[kSlices][kChunkInputs / 32];
+  Grid grids[kSlices][kInt4SpanInputs / 32];
   F step[kSlices];   // of whole grids
   I whole[kSlices];  // mask of the columns that have these
 };
 
-// Chunks lie at multiples of kChunkInputs in the source, whatever part of it is packed: every placement finds the same grids.
+// Chunks lie at multiples of kInt4SpanInputs in the source, whatever part of it is packed: every placement finds the same grids.
 // `staged`: the chunk's inputs, the first `inputs` of which exist.
 template <bool symmetric>
 void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
@@ -42,7 +42,7 @@ void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
       }
     }
   };
-  Summary summaries[kSlices][kChunkInputs / 32];
+  Summary summaries[kSlices][kInt4SpanInputs / 32];
   for (F& step : chunk.step) step = F{};
   each_group([&](int slice, int index, const float* members, int count) {
     const Summary summary = summaries[slice][index] = summary_of(members, slice, count);
@@ -77,15 +77,15 @@ void pack_int4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
   const std::int64_t present = a.source->columns - a.first_input + layout.lead_units * kUnitInputs;
   F power = {};
-  for (std::int64_t first = 0; first < layout.lead_units + layout.units; first += kChunkUnits) {
+  for (std::int64_t first = 0; first < layout.lead_units + layout.units; first += layout.span_units) {
     const std::int64_t left = present - first * kUnitInputs;
-    const int inputs = left < 0 ? 0 : left < kChunkInputs ? static_cast<int>(left) : static_cast<int>(kChunkInputs);
+    const int inputs = left < 0 ? 0 : left < kInt4SpanInputs ? static_cast<int>(left) : static_cast<int>(kInt4SpanInputs);
     const float* chunk_inputs = staged + first * kUnitInputs * kPanelColumns;
     Int4Chunk chunk{};
     find_grids<symmetric>(chunk_inputs, layout.group, inputs, chunk);
     for (int slice = 0; slice < kSlices; ++slice) {
       F largest = {};
-      for (int u = 0; u < kChunkUnits; ++u) {
+      for (int u = 0; u < layout.span_units; ++u) {
         const std::int64_t unit = first - layout.lead_units + u;
         const bool packed = unit >= 0 && unit < layout.units;
         auto* scales = reinterpret_cast<std::uint16_t*>(a.panel + unit * layout.unit_bytes + layout.data_bytes) + slice * kLanes;
@@ -108,7 +108,7 @@ void pack_int4(const PackArgs& a, const float* staged) {
         if (packed) store_nibbles(a, unit, slice, nibbles);
       }
       const F step = select(chunk.whole[slice], chunk.step[slice], largest * splat(-1.0f / kInt8Reach));
-      store(a.side + first / kChunkUnits * a.side_stride + slice * kLanes, step);
+      store(a.side + first / layout.span_units * a.side_stride + slice * kLanes, step);
     }
   }
   if (a.power != nullptr) *a.power += sum_lanes(power);

@@ -8,6 +8,11 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+constexpr int kLongChunksFrom = 3;  // blocks
+// Units of a chunk that several passes go over. Where many blocks do, their inputs leave L1 to the weights, and a longer chunk has fewer
+// sums to store and to load; but the more of memory's time is waited for at its start, the fewer blocks go over it.
+std::int64_t longest_chunk(const GemmArgs& a) { return a.block_count >= kLongChunksFrom ? 2 * kChunkUnits : kChunkUnits; }
+
 // A Visit has `rows`, to be visited (0: none), and `static void visit(const Visit&, int first, int last)`.
 // `rows_per_step`: visited after each step.
 template <Multiply how, class Visit, int rows_per_step = 4>

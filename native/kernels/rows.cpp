@@ -150,18 +150,22 @@ NUMAGRAFT_INLINE int list_unit(const RowLists& lists, std::int64_t unit, __m512i
   return __builtin_popcount(mask);
 }
 
+NUMAGRAFT_INLINE void store_line(std::byte* to, __m512i line, bool streamed) {
+  streamed ? _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line) : _mm512_storeu_si512(to, line);
+}
+
 // What the loop of `quantise` does for halves, 64 integers at a time. Returns the row's sum.
 template <bool one_half, bool sums, bool lists>
 NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
   std::int64_t listed = 0;
-  const bool streamed = lists && a.streamed;
+  const bool streamed = a.streamed;
   const bool stores_high = !lists && (!one_half || a.has_high == nullptr);
   const __m512i ones = _mm512_set1_epi16(1);
   __m512i total = _mm512_setzero_si512();
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
     if (!streamed) __builtin_prefetch(a.low + (unit + kUnitsAhead) * a.unit_stride, 1);
     ask_for_next(a, unit);
-    if (stores_high) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
+    if (stores_high && !streamed) __builtin_prefetch(a.high + (unit + kUnitsAhead) * a.unit_stride, 1);
     __m512i q[2];
     unit_integers(a, unit, inverse, q);
     const __m512i first = _mm512_madd_epi16(q[0], ones);
@@ -183,14 +187,9 @@ NUMAGRAFT_INLINE std::int32_t quantise_units(const PrepareArgs& a, F inverse) {
       a.lists.begin[unit * a.lists.rows] = static_cast<std::uint16_t>(listed);
       if constexpr (!one_half) listed += list_unit(a.lists, unit, high, listed);
     } else if (stores_high) {
-      _mm512_storeu_si512(a.high + unit * a.unit_stride, high);
+      store_line(a.high + unit * a.unit_stride, high, streamed);
     }
-    std::byte* const low = a.low + unit * a.unit_stride;
-    if (streamed) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(low), unit_bytes(q[0], q[1]));
-    } else {
-      _mm512_storeu_si512(low, unit_bytes(q[0], q[1]));
-    }
+    store_line(a.low + unit * a.unit_stride, unit_bytes(q[0], q[1]), streamed);
   }
   if constexpr (lists) a.lists.begin[a.units * a.lists.rows] = static_cast<std::uint16_t>(listed);
   if (streamed) _mm_sfence();  // such stores would not be ordered before the barrier's

@@ -20,6 +20,7 @@ RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std:
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
       lists_(lists && tiles_ && kernels.lists && kind == WeightKind::int8 && units_ <= kMostListedUnits),
       group_sums_(kind == WeightKind::int4 || kind == WeightKind::mxfp4),
+      sums_read_(group_sums_ && !(tiles_ && kernels.reround_rows_from > 0 && rows >= kernels.reround_rows_from)),
       full_block_bytes_(offsets(block_rows).end),
       bytes_(rows == 0 ? 0 : block_offset(blocks() - 1) + offsets(stride_rows(blocks() - 1)).end) {}
 
@@ -71,7 +72,7 @@ RowBlock RowSet::block(std::byte* base, std::int64_t index) const {
   block.high = at + o.high;
   block.scale = reinterpret_cast<const float*>(at + o.scale);
   block.sum = reinterpret_cast<const std::int32_t*>(at + o.sum);
-  block.group_sum = group_sums_ ? reinterpret_cast<const float*>(at + o.group_sum) : nullptr;
+  block.group_sum = sums_read_ ? reinterpret_cast<const float*>(at + o.group_sum) : nullptr;
   block.flags = reinterpret_cast<const std::uint8_t*>(at + o.flags);
   block.rows = left < block_rows_ ? static_cast<int>(left) : block_rows_;
   block.stride_rows = stride;
@@ -107,7 +108,7 @@ void RowSet::prepare(std::byte* base, std::int64_t row, const void* x, DType dty
   args.unit_stride = std::int64_t{stride} * kUnitInputs;
   args.scale = reinterpret_cast<float*>(at + o.scale) + in_block;
   args.sum = reinterpret_cast<std::int32_t*>(at + o.sum) + in_block;
-  args.group_sum = group_sums_ ? reinterpret_cast<float*>(at + o.group_sum) + in_block * 2 : nullptr;
+  args.group_sum = sums_read_ ? reinterpret_cast<float*>(at + o.group_sum) + in_block * 2 : nullptr;
   args.group_stride = std::int64_t{stride} * 2;
   args.flags = reinterpret_cast<std::uint8_t*>(at + o.flags);
   args.flag_bit = static_cast<std::uint8_t>(1 << (in_block / 16));
@@ -165,7 +166,7 @@ void RowSet::gather(std::byte* base, const RowSet& source, std::byte* source_bas
         }
       }
     }
-    if (group_sums_) {
+    if (sums_read_) {
       for (std::size_t unit = 0; unit < units; ++unit) {
         for (std::size_t row = 0; row < count; ++row) {
           std::memcpy(at + to.group_sum + (unit * stride + row) * 8, rows[row] + from.group_sum + unit * 8, 8);

@@ -34,7 +34,7 @@ class RowSet {
 
   // Row `row` from k contiguous values of any dtype. With `has_high` a row's high halves are not stored where it has none
   // (*has_high says so): enough for a row by itself; a block of more is finished by clear_high. Memory is asked for `next`.
-  // `streamed`: what is prepared goes past the caches where high halves are listed; `base` is then the beginning of a cache line.
+  // `streamed`: what is prepared goes past the caches; `base` is then the beginning of a cache line.
   void prepare(std::byte* base, std::int64_t row, const void* x, DType dtype, float target_error, float normal_error = 0,
                bool* has_high = nullptr, const void* next = nullptr, bool streamed = false) const;
   // Zeros in the flagged units of the rows that have no high half, once all rows of the block are prepared.
@@ -65,7 +65,8 @@ class RowSet {
   int block_rows_;
   bool tiles_;
   bool lists_;
-  bool group_sums_;  // int4 and mxfp4: a few rows of a block may meet vectors, which want them
+  bool group_sums_;  // int4 and mxfp4: there is room for them
+  bool sums_read_;   // by vectors, which few rows are left to
   std::size_t full_block_bytes_;
   std::size_t bytes_;
 };
