@@ -19,6 +19,7 @@ constexpr std::int64_t kFewRows = 4;              // experts with no more rows w
 constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
 constexpr std::int64_t kChunksPerWorker = 4;      // of the other stages, where nodes take from each other
 constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
+constexpr std::int64_t kGatheredForInt4 = 5 << 18;  // its weights take less of L2
 // One more pass over an expert's rows reads its weights again: with 256 rows in the mean hardly an expert has more than these.
 constexpr std::int64_t kMostGatheredRows = 320;
 constexpr std::int64_t kResultBytes = 256 << 10;  // of one multiplication
@@ -49,14 +50,14 @@ std::int64_t evenly(std::int64_t count, std::int64_t most) {
   return (count + passes - 1) / passes;
 }
 // `block_bytes`: of a full block's inputs over k.
-Pieces pieces_of(std::int64_t k, std::int64_t most_rows, std::size_t block_bytes) {
+Pieces pieces_of(const Layout& weights, std::int64_t most_rows, std::size_t block_bytes) {
   Pieces pieces;
-  const std::int64_t units = (k + kUnitInputs - 1) / kUnitInputs;
+  const std::int64_t units = weights.units;
   pieces.blocks = std::clamp<std::int64_t>((most_rows + kBlockRows - 1) / kBlockRows, 1, kMostGatheredRows / kBlockRows);
   const std::int64_t rows = std::min(most_rows, kMostGatheredRows);
   const std::int64_t unit_bytes = std::max<std::int64_t>(rows * static_cast<std::int64_t>(block_bytes) / (kBlockRows * units), 1);
-  constexpr std::int64_t chunk = kChunkInputs / kUnitInputs;
-  pieces.units = std::max<std::int64_t>(kGatheredBytes / unit_bytes / chunk, 1) * chunk;
+  const std::int64_t together = weights.kind == WeightKind::int4 ? kGatheredForInt4 : kGatheredBytes;
+  pieces.units = std::max<std::int64_t>(together / unit_bytes / weights.span_units, 1) * weights.span_units;
   pieces.whole = pieces.units >= units;
   if (pieces.whole) pieces.units = units;
   return pieces;
@@ -265,7 +266,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         std::int64_t most_rows = seat.work->routing->most_rows;
         for (const Work& work : call.works) most_rows = call.in_chunks ? std::max(most_rows, work.routing->most_rows) : most_rows;
         seat.gathered_rows = std::min(kMostGatheredRows, most_rows);
-        seat.pieces = pieces_of(shape_.hidden, most_rows, block_bytes);
+        seat.pieces = pieces_of(places_[static_cast<std::size_t>(role.part)].gate_up.layout, most_rows, block_bytes);
         most_gathered = std::max(most_gathered, seat.gathered_rows);
         const ExpertsPlace& place = places_[static_cast<std::size_t>(role.part)];
         most_panels = std::max({most_panels, 2 * place.frame / kPanelColumns, place.down.layout.panels});
@@ -447,7 +448,7 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
   const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
   // Most units of the inner rows have a high half, where these are not listed.
   const RowSet full(*kernels_, format_.kind, place.frame, kBlockRows);
-  const Pieces pieces = pieces_of(place.frame, work.routing->most_rows, call.listed ? full.low_block_bytes() : full.bytes());
+  const Pieces pieces = pieces_of(place.down.layout, work.routing->most_rows, call.listed ? full.low_block_bytes() : full.bytes());
   const std::int64_t chunk = std::max<std::int64_t>(pieces.sum_bytes() / (tokens * kPanelColumns * 4), 1);
   for (std::int64_t first = mine.begin; first < mine.end; first += chunk) {
     const std::int64_t panels = std::min(chunk, mine.end - first);
