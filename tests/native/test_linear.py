@@ -209,6 +209,33 @@ def test_rows_with_channels_that_stand_out_keep_15_bits_on_tiles():
     assert error(layer(x), layer.expected(x)) < 0.0085 < rounded
 
 
+def few_free_columns(values):
+    """Some columns with weights far out, so that tiles are whole, free and of both kinds."""
+    changed = values.copy()
+    changed[3, ::70] *= 5
+    changed[32:48, ::90] *= 5
+    return changed
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("in_features", [768, 1000, 2600])
+@pytest.mark.parametrize("format", [WeightFormat("int4"), WeightFormat("int4", group=128, symmetric=True), WeightFormat("mxfp4")], ids=name_of)
+def test_a_row_does_not_depend_on_how_many_share_the_expanded_weights(format, in_features, threads):
+    """Rings of other sizes, chunks of other lengths, blocks of one tile and of two, with high halves and without."""
+    layer = Layer(150, in_features, format, isa="amx", threads=threads, change=few_free_columns)
+    x = np.random.default_rng(4).standard_normal((130, in_features)).astype(np.float32)
+    x[5::24, ::200] *= 12  # some rows have high halves, in some units
+    whole = layer(x)
+    assert error(whole, layer.expected(x)) <= LINEAR_BAR[format.kind], describe_worst(whole, layer.expected(x))
+    for rows in (8, 16, 17, 32, 33, 48, 64, 70, 100):
+        for first in (0, 20):
+            found = layer(x[first : first + rows])
+            assert error(found, whole[first : first + rows]) <= 2e-6, (rows, first, describe_worst(found, whole[first : first + rows]))
+    x[:, -64:] = 0  # the control: the last unit alone is seen
+    assert error(layer(x[:64]), whole[:64]) > 0.05
+
+
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
 @pytest.mark.parametrize("policy", ["shard", "mirror"])
 def test_the_inputs_bits_do_not_depend_on_placement_or_on_pieces(policy):
