@@ -204,7 +204,13 @@ class Expansion {
   // `kept`: the longest chunk that several passes go over (0: there is none). `asks`: memory is asked for the units here. `to`: room
   // for kSlots units of two tiles.
   Expansion(const GemmArgs& a, std::int64_t kept, bool asks, std::byte* to)
-      : a_(a), slots_(kept > kEarly ? kept : kEarly + 1), early_(asks ? kEarly : 1), asks_(asks), count_(a.panels * (a.last_unit - a.first_unit)), to_(to), unit_(a.first_unit) {
+      : a_(a),
+        slots_(kept > kEarly ? kept : kEarly + 1),
+        early_(asks ? kEarly : 1),
+        asks_(asks),
+        count_(a.panels * (a.last_unit - a.first_unit)),
+        to_(to),
+        unit_(a.first_unit) {
     begin_span(*this);
     for (int tile = 0; tile < 2; ++tile) find_factors(*this, tile);
   }
