@@ -1,6 +1,6 @@
 #pragma once
 
-// A chunk of int4 or mxfp4 as int8 in L1, one scale per column: as it is where its grids are whole, else re-rounded.
+// int4 or mxfp4 as int8 in L1, one scale per column and span: as it is where its grids are whole, else re-rounded.
 // Included by one translation unit; everything is internal to it.
 #include "kernels/gemm_vnni.h"
 #include "kernels/tiles.h"
@@ -25,7 +25,7 @@ struct Factors {  // of 16 columns of a unit
   __m512i offset[2];  // k
 };
 
-// Whether the weights of 16 columns of a chunk are whole: multiples of their scales, which are then positive.
+// Whether the weights of 16 columns of a span are whole: multiples of their scales, which are then positive.
 template <WeightKind kind>
 NUMAGRAFT_INLINE bool are_whole(const float* side) {
   return kind == WeightKind::int4 && _mm512_movepi32_mask(_mm512_loadu_si512(side)) == 0;

@@ -18,7 +18,7 @@ struct ReroundedVisit {
   float* c = nullptr;
   const std::int32_t* low = nullptr;
   const std::int32_t* high = nullptr;  // null: none
-  const float* side = nullptr;         // scales of the chunk's columns
+  const float* side = nullptr;         // scales of the columns
   bool first_chunk = false;
   bool last_chunk = false;
 

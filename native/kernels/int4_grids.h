@@ -2,7 +2,7 @@
 
 // Grids of int4: w = scale * q + minimum, q in 0..15 (symmetric: minimum = -8 scale), searched for the least squared error over
 // a group. Free ones may be any; whole ones have a scale and a minimum that are integer multiples of a step, so that all of a
-// chunk's weights are int8 in steps of it. Included by pack.cpp; everything is internal to it.
+// span's weights are int8 in steps of it. Included by pack.cpp; everything is internal to it.
 #include "kernels/pack_gather.h"
 
 namespace numagraft::NUMAGRAFT_ISA {

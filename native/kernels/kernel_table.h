@@ -83,7 +83,7 @@ struct GemmArgs {
   const std::byte* panel;       // the first panel
   const float* side;            // the first panel's rows of the side table; see panel_side
   std::int64_t panels;
-  // Units [first_unit, last_unit), whole chunks but for the last: a panel may be worked through in several calls, in
+  // Units [first_unit, last_unit), whole spans but for the last: a panel may be worked through in several calls, in
   // order; c then holds what is so far (integers until the last call).
   std::int64_t first_unit;
   std::int64_t last_unit;
@@ -191,7 +191,7 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
   }
 }
 
-// Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole chunks.
+// Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole spans.
 static inline std::int64_t stage_units(const Layout& layout) {
   if (layout.kind != WeightKind::int4) return layout.units;
   return (layout.lead_units + layout.units + layout.span_units - 1) / layout.span_units * layout.span_units;

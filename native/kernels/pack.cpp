@@ -74,7 +74,7 @@ void pack(const PackArgs& a) {
       widen_range(*a.layout, staged, range);
     }
   }
-  a.layout->kind == WeightKind::int4 ? gather_chunks(a, staged) : gather_any(a, staged);
+  a.layout->kind == WeightKind::int4 ? gather_spans(a, staged) : gather_any(a, staged);
   switch (a.layout->kind) {
     case WeightKind::bf16:
       return pack_bf16(a, staged);

@@ -1,6 +1,6 @@
 #pragma once
 
-// int4: groups of inputs with a grid each, and per chunk an int8 scale that tiles expand to.
+// int4: groups of inputs with a grid each, and per span an int8 scale that tiles expand to.
 // Included by pack.cpp; everything is internal to it.
 #include "kernels/int4_grids.h"
 #include "kernels/pack_nibbles.h"
@@ -8,32 +8,32 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
-// Whole chunks, with their inputs in other parts.
-void gather_chunks(const PackArgs& a, float* staged) {
-  Layout chunks = *a.layout;
-  chunks.units = stage_units(*a.layout);
-  chunks.k = chunks.units * kUnitInputs;
+// Whole spans, with their inputs in other parts.
+void gather_spans(const PackArgs& a, float* staged) {
+  Layout spans = *a.layout;
+  spans.units = stage_units(*a.layout);
+  spans.k = spans.units * kUnitInputs;
   PackArgs all = a;
-  all.layout = &chunks;
+  all.layout = &spans;
   all.first_input -= a.layout->lead_units * kUnitInputs;
   gather_any(all, staged);
 }
 
 // A column takes whole grids where their squared error is at most so many times that of free ones after a short search, in the
-// mean over its groups in the chunk. Weights on a grid of their own, of a checkpoint that was quantised before, keep it.
+// mean over its groups in the span. Weights on a grid of their own, of a checkpoint that was quantised before, keep it.
 constexpr float kWholeCost = 1.25f;
 constexpr float kExact = 1e-5f;  // of a group's power: an error that does not count
 
-struct Int4Chunk {
+struct Int4Span {
   Grid grids[kSlices][kInt4SpanInputs / 32];
   F step[kSlices];   // of whole grids
   I whole[kSlices];  // mask of the columns that have these
 };
 
-// Chunks lie at multiples of kInt4SpanInputs in the source, whatever part of it is packed: every placement finds the same grids.
-// `staged`: the chunk's inputs, the first `inputs` of which exist.
+// Spans lie at multiples of kInt4SpanInputs in the source, whatever part of it is packed: every placement finds the same grids.
+// `staged`: the span's inputs, the first `inputs` of which exist.
 template <bool symmetric>
-void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
+void find_grids(const float* staged, int group, int inputs, Int4Span& span) {
   const auto each_group = [&](auto body) {
     for (int slice = 0; slice < kSlices; ++slice) {
       for (int first = 0; first < inputs; first += group) {
@@ -43,35 +43,35 @@ void find_grids(const float* staged, int group, int inputs, Int4Chunk& chunk) {
     }
   };
   Summary summaries[kSlices][kInt4SpanInputs / 32];
-  for (F& step : chunk.step) step = F{};
+  for (F& step : span.step) step = F{};
   each_group([&](int slice, int index, const float* members, int count) {
     const Summary summary = summaries[slice][index] = summary_of(members, slice, count);
-    chunk.step[slice] = maximum(maximum(-summary.low, summary.high), chunk.step[slice]);
+    span.step[slice] = maximum(maximum(-summary.low, summary.high), span.step[slice]);
   });
-  for (F& step : chunk.step) step *= splat(1.0f / kInt8Reach);
+  for (F& step : span.step) step *= splat(1.0f / kInt8Reach);
   F cost[kSlices] = {};
   each_group([&](int slice, int index, const float* members, int count) {
     const Summary& summary = summaries[slice][index];
     const Found free = search<symmetric, false>(members, slice, count, summary);
-    const Found whole = search_whole<symmetric>(members, slice, count, free.grid, summary, chunk.step[slice]);
+    const Found whole = search_whole<symmetric>(members, slice, count, free.grid, summary, span.step[slice]);
     const F exact = summary.squares * splat(kExact) + splat(1e-30f);
     cost[slice] += (whole.error + exact) / (free.error + exact);
-    chunk.grids[slice][index] = whole.grid;
+    span.grids[slice][index] = whole.grid;
   });
   const int groups = (inputs + group - 1) / group;
   bool all_whole[kSlices];
   for (int slice = 0; slice < kSlices; ++slice) {
-    chunk.whole[slice] = cost[slice] <= splat(kWholeCost * static_cast<float>(groups));
-    all_whole[slice] = sum_lanes(to_float(chunk.whole[slice])) == -kLanes;
+    span.whole[slice] = cost[slice] <= splat(kWholeCost * static_cast<float>(groups));
+    all_whole[slice] = sum_lanes(to_float(span.whole[slice])) == -kLanes;
   }
   each_group([&](int slice, int index, const float* members, int count) {
     if (all_whole[slice]) return;
     const Grid free = search<symmetric, true>(members, slice, count, summaries[slice][index]).grid;
-    chunk.grids[slice][index] = choose(chunk.whole[slice], chunk.grids[slice][index], free);
+    span.grids[slice][index] = choose(span.whole[slice], span.grids[slice][index], free);
   });
 }
 
-// `staged`: by gather_chunks.
+// `staged`: by gather_spans.
 template <bool symmetric>
 void pack_int4(const PackArgs& a, const float* staged) {
   const Layout& layout = *a.layout;
@@ -80,9 +80,9 @@ void pack_int4(const PackArgs& a, const float* staged) {
   for (std::int64_t first = 0; first < layout.lead_units + layout.units; first += layout.span_units) {
     const std::int64_t left = present - first * kUnitInputs;
     const int inputs = left < 0 ? 0 : left < kInt4SpanInputs ? static_cast<int>(left) : static_cast<int>(kInt4SpanInputs);
-    const float* chunk_inputs = staged + first * kUnitInputs * kPanelColumns;
-    Int4Chunk chunk{};
-    find_grids<symmetric>(chunk_inputs, layout.group, inputs, chunk);
+    const float* span_inputs = staged + first * kUnitInputs * kPanelColumns;
+    Int4Span span{};
+    find_grids<symmetric>(span_inputs, layout.group, inputs, span);
     for (int slice = 0; slice < kSlices; ++slice) {
       F largest = {};
       for (int u = 0; u < layout.span_units; ++u) {
@@ -92,13 +92,13 @@ void pack_int4(const PackArgs& a, const float* staged) {
         I nibbles[kUnitInputs];
         for (int k = 0; k < kUnitInputs; ++k) {
           const int input = u * kUnitInputs + k;
-          const Grid& grid = chunk.grids[slice][input / layout.group];
+          const Grid& grid = span.grids[slice][input / layout.group];
           if (packed && k % 32 == 0 && (k == 0 || layout.unit_groups == 2)) {
             store(scales + k / 32 * kPanelColumns, to_bf16(grid.scale));
             if (!symmetric) store(scales + (layout.unit_groups + k / 32) * kPanelColumns, to_bf16(grid.minimum));
           }
           const F inverse = reciprocal_or_zero(grid.scale);
-          const F w = at(chunk_inputs, input, slice);
+          const F w = at(span_inputs, input, slice);
           nibbles[k] = round_to_int(minimum(maximum((w - grid.minimum) * inverse, F{}), splat(15.0f)));
           if (input >= inputs) continue;
           const F value = grid.scale * to_float(nibbles[k]) + grid.minimum;
@@ -107,7 +107,7 @@ void pack_int4(const PackArgs& a, const float* staged) {
         }
         if (packed) store_nibbles(a, unit, slice, nibbles);
       }
-      const F step = select(chunk.whole[slice], chunk.step[slice], largest * splat(-1.0f / kInt8Reach));
+      const F step = select(span.whole[slice], span.step[slice], largest * splat(-1.0f / kInt8Reach));
       store(a.side + first / layout.span_units * a.side_stride + slice * kLanes, step);
     }
   }

@@ -72,7 +72,7 @@ void pack_mxfp4(const PackArgs& a, const float* staged) {
         }
       }
       store_nibbles(a, unit, slice, nibbles);
-      // The int8 scale that tiles re-round a chunk to; negative, as its weights are no multiples of it.
+      // The int8 scale that tiles re-round a span to; negative, as its weights are no multiples of it.
       if (unit + 1 == span_end(layout, unit)) {
         store(a.side + span_of(layout, unit) * a.side_stride + slice * kLanes, largest[slice] * splat(-1.0f / 127.0f));
         largest[slice] = F{};

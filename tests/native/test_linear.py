@@ -126,10 +126,14 @@ def test_sixteen_bit_activations(isa, kind):
         assert error(layer(x), layer.expected(x)) <= (9e-3 if isa == "amx" and kind != "int8" and tokens > 1 else 1e-3)
 
 
-def rerounding(weights):
-    """What int8 weights with a scale per channel and 512 inputs cost of the output (Frobenius), from the weights alone."""
-    steps = np.abs(weights.reshape(len(weights), -1, 512)).max(axis=2) / 127
-    return np.sqrt((steps**2 / 12).sum() * 512 / (weights**2).sum())
+#: inputs under one int8 scale of the tile kernels
+SPAN = {"int4": 1024, "mxfp4": 512}
+
+
+def rerounding(weights, span):
+    """What int8 weights with a scale per channel and `span` inputs cost of the output (Frobenius), from the weights alone."""
+    steps = np.abs(weights.reshape(len(weights), -1, span)).max(axis=2) / 127
+    return np.sqrt((steps**2 / 12).sum() * span / (weights**2).sum())
 
 
 def on_grids(values):
@@ -149,7 +153,7 @@ def test_tiles_multiply_whole_grids_as_they_are(symmetric, group):
     format = WeightFormat("int4", group=group, symmetric=symmetric, activations="bf16")
     x = np.random.default_rng(7).standard_normal((40, 2048)).astype(np.float32)
     whole = Layer(96, 2048, format, isa="amx", bias=False)
-    assert error(whole(x), whole.expected(x)) <= 0.0047 < 0.0065 < rerounding(whole.dequantised)
+    assert error(whole(x), whole.expected(x)) <= 0.0047 < 0.0065 < rerounding(whole.dequantised, SPAN[format.kind])
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no int8 tiles")
@@ -191,7 +195,7 @@ def test_tiles_keep_inputs_as_exact_as_the_weights_need(kind):
     x = np.random.default_rng(4).standard_normal((96, 2048)).astype(np.float32)
     plain = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False, change=plain_weights)
     heavy = Layer(256, 2048, WeightFormat(kind), isa="amx", bias=False, change=stand_out)
-    costs = {layer: rerounding(layer.dequantised) for layer in (plain, heavy)}
+    costs = {layer: rerounding(layer.dequantised, SPAN[kind]) for layer in (plain, heavy)}
     assert costs[plain] < 0.0085 < costs[heavy]
     found = {layer: error(layer(x), layer.expected(x)) for layer in costs}
     assert costs[plain] * 1.1 < found[plain] <= LINEAR_BAR[kind]  # its inputs are rounded
