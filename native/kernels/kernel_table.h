@@ -194,7 +194,7 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
 // Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole spans.
 static inline std::int64_t stage_units(const Layout& layout) {
   if (layout.kind != WeightKind::int4) return layout.units;
-  return (layout.lead_units + layout.units + layout.span_units - 1) / layout.span_units * layout.span_units;
+  return layout.scale_rows * layout.span_units;
 }
 static inline std::int64_t stage_bytes(const Layout& layout) {
   return (stage_units(layout) + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};
