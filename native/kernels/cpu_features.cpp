@@ -29,6 +29,16 @@ std::uint64_t saved_state() {
   return std::uint64_t{high} << 32 | low;
 }
 
+// AuthenticAMD or HygonGenuine, from the family of the first Zen on.
+bool zen() {
+  const Registers vendor = leaf(0);
+  const bool made_by = (vendor.b == 0x68747541 && vendor.d == 0x69746E65 && vendor.c == 0x444D4163) ||
+                       (vendor.b == 0x6F677948 && vendor.d == 0x6E65476E && vendor.c == 0x656E6975);
+  const unsigned signature = leaf(1).a;
+  const unsigned family = (signature >> 8 & 0xF) + ((signature >> 8 & 0xF) == 0xF ? signature >> 20 & 0xFF : 0);
+  return made_by && family >= 0x17;
+}
+
 bool bit(unsigned value, int index) { return (value >> index) & 1; }
 
 // Linux hands out the 8 KiB tile state only to processes that asked (threads and children inherit it).
@@ -42,6 +52,7 @@ bool tile_permission() {
 
 CpuFeatures detect_cpu_features() {
   CpuFeatures features;
+  features.zen = zen();
   const Registers basic = leaf(1);
   const Registers extended = leaf(7);
   if (!bit(basic.c, 27)) return features;  // OSXSAVE: without it XGETBV faults

@@ -26,25 +26,19 @@ NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool
     }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const std::byte* line = w + i * 64;
-      // Where sums take all registers the second half loads again what the first has loaded.
-      if constexpr (kParts == 2 && rows * count == kSums) asm volatile("" : "+r"(line));
-      V wide[count];
-#pragma GCC unroll 4
-      for (int v = 0; v < count; ++v) {
-        const V bytes = load_bytes(line + (first + v) / kParts * 1024 + (first + v) % kParts * kVectorBytes);
-        wide[v] = half == 0 ? bit_and(bytes, even) : right8(bytes);
-      }
-#pragma GCC unroll 12
-      for (int r = 0; r < rows; ++r) {
-        int two;
-        __builtin_memcpy(&two, x + r * kUnitInputs * 2 + i * 8 + half * 4, 4);
-        const V inputs = repeat32(two);
-#pragma GCC unroll 4
-        for (int v = 0; v < count; ++v) {
-          sum[r][v] = add32(sum[r][v], madd(wide[v], inputs));
-          settle(sum[r][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < count; v += 2) {
+        const std::byte* line = w + i * 64;
+        // Where sums take all registers the second half loads again what the first has loaded.
+        if constexpr (kParts == 2 && rows * count == kSums) asm volatile("" : "+r"(line));
+        V wide[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          const V bytes = load_bytes(line + (first + v + j) / kParts * 1024 + (first + v + j) % kParts * kVectorBytes);
+          wide[j] = half == 0 ? bit_and(bytes, even) : right8(bytes);
         }
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; ++r) add_madd(x + r * kUnitInputs * 2 + i * 8 + half * 4, wide[0], wide[1], sum[r][v], sum[r][v + 1]);
       }
     }
   }
@@ -81,16 +75,66 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
   }
 }
 
+// One row, two panels in turn: their lines side by side, tile after tile.
+void int8_two_panels(const GemmArgs& a, std::int64_t panel) {
+  const Layout& layout = *a.layout;
+  const RowBlock& block = a.blocks[0];
+  const V even = repeat16(0xFF);
+  float* const c[2] = {a.c + panel * a.c_panel_stride, a.c + (panel + 1) * a.c_panel_stride};
+  V sum[2][kVectors];  // [panel]
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p) {
+    prefetch_scales(panel_side(a, panel + p));
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[p][v] = a.first_unit == 0 ? zero() : load_bytes(reinterpret_cast<const std::byte*>(c[p] + v * kInt32s));
+    }
+  }
+  for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
+    const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+    const std::byte* x = block.low + unit * block.stride_rows * kUnitInputs * 2;
+#pragma GCC unroll 2
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 16; ++i) {
+        const std::byte* line = w + tile * 1024 + i * 64;
+        prefetch_line(line);
+        prefetch_line(line + layout.panel_bytes);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          int two;
+          __builtin_memcpy(&two, x + i * 8 + half * 4, 4);
+          const V inputs = repeat32(two);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            const V bytes = load_bytes(line + v / kParts * layout.panel_bytes + v % kParts * kVectorBytes);
+            V& to = sum[v / kParts][tile * kParts + v % kParts];
+            to = add32(to, madd(half == 0 ? bit_and(bytes, even) : right8(bytes), inputs));
+            settle(to);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < 2; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store_floats(c[p] + v * kInt32s, as_floats(sum[p][v]));
+  }
+}
+
+constexpr std::int64_t kNibbleTile = 512;  // bytes
+
 NG_INLINE V repeat_four(const std::byte* inputs) {
   int four;
   __builtin_memcpy(&four, inputs, 4);
   return repeat32(four);
 }
 
-// Adds lines [begin, end) of a group of 32 inputs, vectors [first, first + count) of a unit's columns, up in 16 bits; `onto`:
-// to what is in `narrow` already.
+// Adds lines [begin, end) of a group of 32 inputs up in 16 bits, of the tile at `w` and, where `count` says so, of the one
+// `apart` from it; `onto`: to what is in `narrow` already.
 template <WeightKind kind, int group, int begin, int end, bool onto, int rows, int count>
-NG_INLINE void nibble_lines(const std::byte* w, int first, const std::byte* const (&x)[rows], bool fresh, V (&narrow)[rows][count]) {
+NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::byte* const (&x)[rows], bool fresh, V (&narrow)[rows][count]) {
   const V mask = ones8(15);
   // e2m1 times two plus 12, by code
   const V table = repeat128(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -108,9 +152,9 @@ NG_INLINE void nibble_lines(const std::byte* w, int first, const std::byte* cons
     }
 #pragma GCC unroll 4
     for (int v = 0; v < count; ++v) {
-      const std::byte* from = w + (first + v) / kParts * 512 + i * 64 + (first + v) % kParts * kVectorBytes;
-      // Memory wants requests spread: where both tiles are read side by side, one tile's with either group.
-      if (fresh && (first + v) % kParts == 0 && (count < kVectors || (first + v) / kParts == group)) prefetch_line(from);
+      const std::byte* from = w + v / kParts * apart + i * 64 + v % kParts * kVectorBytes;
+      // Memory wants requests spread: where two tiles are read side by side, one tile's with either group.
+      if (fresh && v % kParts == 0 && (count < kVectors || v / kParts == group)) prefetch_line(from);
       const V pair = load_bytes(from);
       values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
       if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
@@ -138,19 +182,19 @@ NG_INLINE void nibble_lines(const std::byte* w, int first, const std::byte* cons
   }
 }
 
-// Vectors [first, first + count) of a unit's columns over one group of 32 inputs: 32-bit sums.
+// `count` vectors of a unit's columns, which begin at the tile `w`, over one group of 32 inputs: 32-bit sums.
 template <WeightKind kind, int group, int rows, int count>
-NG_INLINE void nibble_group(const std::byte* w, int first, const std::byte* const (&x)[rows], bool fresh, V (&sum)[rows][count]) {
+NG_INLINE void nibble_group(const std::byte* w, const std::byte* const (&x)[rows], bool fresh, V (&sum)[rows][count]) {
   constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
   V narrow[rows][count];
-  nibble_lines<kind, group, 0, run, false>(w, first, x, fresh, narrow);
+  nibble_lines<kind, group, 0, run, false>(w, kNibbleTile, x, fresh, narrow);
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < count; ++v) sum[r][v] = madd(narrow[r][v], ones16());
   }
   if constexpr (run < 8) {
-    nibble_lines<kind, group, run, 8, false>(w, first, x, fresh, narrow);
+    nibble_lines<kind, group, run, 8, false>(w, kNibbleTile, x, fresh, narrow);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
@@ -202,9 +246,20 @@ struct WrappingSums {
   }
 };
 
+// Where one row's sums over a group come from: a tile of nibbles and another `apart` from it, the scales of the first, those of
+// the second `scales_apart` from it, and the vectors of a panel's columns at which their tiles begin.
+struct TwoTiles {
+  const std::byte* lines;
+  std::int64_t apart;
+  const std::byte* scales;
+  std::int64_t scales_apart;
+  int first_vector;
+  int second_vector;
+};
+
 // One row: its sums stay in registers, and high and low halves meet the weights in one pass. `begin`: of WrappingSums.
 template <WeightKind kind, bool symmetric, int group>
-NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int row, std::int64_t unit, bool with_high, const std::byte* w,
+NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int row, std::int64_t unit, bool with_high, const TwoTiles& w,
                              bool fresh, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
   constexpr bool wraps = kind == WeightKind::mxfp4;
   const std::int64_t at = unit * block.stride_rows + row;
@@ -218,7 +273,7 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
         narrow[1][v] = repeat32(begin[1][group]);
       }
     }
-    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w, 0, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, fresh, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, fresh, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = add32(madd(narrow[0][v], ones16()), madd(narrow[1][v], repeat16(128)));
   } else {
@@ -227,14 +282,15 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) narrow[0][v] = repeat32(begin[0][group]);
     }
-    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w, 0, {block.low + at * kUnitInputs}, fresh, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs}, fresh, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = madd(narrow[0][v], ones16());
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     VF scale, minimum;
-    nibble_scales<kind, symmetric>(layout, w + layout.data_bytes, v, group, scale, minimum);
+    const int vector = (v < kParts ? w.first_vector : w.second_vector) + v % kParts;
+    nibble_scales<kind, symmetric>(layout, w.scales + v / kParts * w.scales_apart, vector, group, scale, minimum);
     VF value = to_floats(sum[v]);
     if constexpr (!wraps) {
       const VF inputs = repeat(block.group_sum[at * 2 + group]);
@@ -260,18 +316,54 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[may
     const std::int64_t half = (layout.data_bytes + layout.unit_bytes) / 2;
     const std::int32_t (*begin)[2] = nullptr;
     if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - strip.first_unit];
+    const TwoTiles tiles{w, kNibbleTile, w + layout.data_bytes, 0, 0, kParts};
     if (strip.fresh) {
       for (std::int64_t line = layout.data_bytes; line < half; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, begin, total);
+    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, tiles, strip.fresh, begin, total);
     if (strip.fresh) {
       for (std::int64_t line = half; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, w, strip.fresh, begin, total);
+    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, tiles, strip.fresh, begin, total);
   }
   const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] * kNibbleScale<kind> : 1.0f);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store_floats(c + v * kInt32s, mul(total[v], scale));
+}
+
+// The same for two panels in turn: their tiles side by side, tile after tile.
+template <WeightKind kind, bool symmetric>
+void nibble_two_panels(const GemmArgs& a, std::int64_t panel, [[maybe_unused]] WrappingSums& wrapping) {
+  const Layout& layout = *a.layout;
+  const RowBlock& block = a.blocks[0];
+  if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, 0, a.first_unit, a.last_unit, 1);
+  float* const c[2] = {a.c + panel * a.c_panel_stride, a.c + (panel + 1) * a.c_panel_stride};
+  VF total[2][kVectors];  // [tile], of the first panel and the second
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int v = 0; v < kVectors; ++v) {
+      const float* from = c[v / kParts] + (tile * kParts + v % kParts) * kInt32s;
+      total[tile][v] = a.first_unit == 0 ? zero_float() : load_floats(from);
+    }
+  }
+  for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
+    const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+    const bool with_high = block.flags[unit] & 1;
+    const std::int32_t (*begin)[2] = nullptr;
+    if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - a.first_unit];
+    for (int tile = 0; tile < 2; ++tile) {
+      const TwoTiles tiles{w + tile * kNibbleTile, layout.panel_bytes, w + layout.data_bytes, layout.panel_bytes, tile * kParts, tile * kParts};
+      add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, true, begin, total[tile]);
+      add_row_group<kind, symmetric, 1>(layout, block, 0, unit, with_high, tiles, true, begin, total[tile]);
+    }
+    for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) {
+      prefetch_line(w + line);
+      prefetch_line(w + layout.panel_bytes + line);
+    }
+  }
+  const VF scale = repeat(a.last_unit == layout.units ? block.scale[0] * kNibbleScale<kind> : 1.0f);
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int v = 0; v < kVectors; ++v) store_floats(c[v / kParts] + (tile * kParts + v % kParts) * kInt32s, mul(total[tile][v], scale));
+  }
 }
 
 // More rows: what a group adds goes to c at once, high and low halves after each other.
@@ -283,7 +375,7 @@ NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int fi
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) inputs[r] = x + r * kUnitInputs;
   V sum[rows][count];
-  nibble_group<kind, group, rows, count>(w, first, inputs, fresh, sum);
+  nibble_group<kind, group, rows, count>(w + first / kParts * kNibbleTile, inputs, fresh, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < count; ++v) {
     VF scale, minimum;
@@ -354,6 +446,7 @@ struct Int8 {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
   }
+  void run_two_panels(const GemmArgs& a, std::int64_t panel) { int8_two_panels(a, panel); }
   void finish(const GemmArgs& a, std::int64_t panel, float* c) { finish_int8(a, panel, c); }
 };
 
@@ -372,6 +465,7 @@ struct Nibbles {
       nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
     }
   }
+  void run_two_panels(const GemmArgs& a, std::int64_t panel) { nibble_two_panels<kind, symmetric>(a, panel, wrapping); }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 

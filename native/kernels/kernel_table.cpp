@@ -10,7 +10,7 @@ namespace numagraft {
 
 #define NUMAGRAFT_ROW(isa) \
   namespace isa {          \
-  extern const KernelTable kernels; \
+  extern const KernelTable kernels[2]; \
   }
 NUMAGRAFT_ROW(scalar)
 NUMAGRAFT_ROW(avx2)
@@ -22,7 +22,8 @@ NUMAGRAFT_ROW(amx)
 namespace {
 
 struct Supported {
-  const KernelTable* rows[5];
+  const KernelTable* rows[5][2];  // [panels_in_turn]
+  const KernelTable* chosen[5];
   int count = 0;
 };
 
@@ -30,11 +31,16 @@ const Supported& supported() {
   static const Supported result = [] {
     const CpuFeatures cpu = detect_cpu_features();
     Supported s{};
-    s.rows[s.count++] = &scalar::kernels;
-    if (cpu.avx2) s.rows[s.count++] = &avx2::kernels;
-    if (cpu.avx512) s.rows[s.count++] = &avx512::kernels;
-    if (cpu.avx512_vnni) s.rows[s.count++] = &avx512_vnni::kernels;
-    if (cpu.amx) s.rows[s.count++] = &amx::kernels;
+    const auto add = [&](const KernelTable (&row)[2]) {
+      s.rows[s.count][0] = &row[0];
+      s.rows[s.count][1] = &row[1];
+      s.chosen[s.count++] = &row[cpu.zen ? 1 : 0];
+    };
+    add(scalar::kernels);
+    if (cpu.avx2) add(avx2::kernels);
+    if (cpu.avx512) add(avx512::kernels);
+    if (cpu.avx512_vnni) add(avx512_vnni::kernels);
+    if (cpu.amx) add(amx::kernels);
     return s;
   }();
   return result;
@@ -48,7 +54,7 @@ const char* forced_name() {
 }  // namespace
 
 int supported_kernels(const KernelTable* const** tables) {
-  *tables = supported().rows;
+  *tables = supported().chosen;
   return supported().count;
 }
 
@@ -56,8 +62,11 @@ const KernelTable& kernels_by_name(const char* isa) {
   const Supported& s = supported();
   std::string names;
   for (int i = 0; i < s.count; ++i) {
-    if (std::string(s.rows[i]->isa) == isa) return *s.rows[i];
-    names += (i > 0 ? ", " : "") + std::string(s.rows[i]->isa);
+    const std::string name = s.chosen[i]->isa;
+    if (name == isa) return *s.chosen[i];
+    if (name + ":tiles" == isa) return *s.rows[i][0];
+    if (name + ":panels" == isa) return *s.rows[i][1];
+    names += (i > 0 ? ", " : "") + name;
   }
   throw std::invalid_argument("no kernels for '" + std::string(isa) + "' on this machine: its CPU and operating system support " +
                               names);
@@ -72,7 +81,7 @@ const KernelTable& active_kernels() {
     }
   }
   const Supported& s = supported();
-  return *s.rows[s.count - 1];
+  return *s.chosen[s.count - 1];
 }
 
 bool kernels_forced() { return forced_name() != nullptr; }

@@ -91,6 +91,7 @@ struct GemmArgs {
   int block_count;
   float* c;
   std::int64_t c_panel_stride;  // floats
+  bool panels_in_turn;          // one row reads two panels side by side, where that is what memory likes; see KernelTable
 };
 
 // The side table of a panel, `panel` counted from the call's first; row r is at + r * kPanelColumns.
@@ -167,6 +168,7 @@ struct KernelTable {
   RowForm fp8_form;
   int reround_rows_from;        // rows from which int4 and mxfp4 are re-rounded to int8 per column and chunk; 0: never
   int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
+  bool panels_in_turn;          // one row reads two panels side by side instead of a panel's two tiles (not int8 and int4 with VNNI, nor tiles)
   bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
@@ -200,12 +202,13 @@ static inline std::int64_t stage_bytes(const Layout& layout) {
   return (stage_units(layout) + 1) * kUnitInputs * kPanelColumns * std::int64_t{sizeof(float)};
 }
 
-// The rows of the table this build has and this CPU (with its operating system) can run, slowest first.
+// The rows of the table this build has and this CPU (with its operating system) can run, slowest first, each with the order
+// of reading that this CPU's memory likes.
 int supported_kernels(const KernelTable* const** tables);
 // The row in use: the best one, or the one named by NUMAGRAFT_ISA; throws std::invalid_argument naming the supported.
 const KernelTable& active_kernels();
 bool kernels_forced();
-// By name, for tests; throws std::invalid_argument.
+// By name, for tests; "avx2:panels" and "avx2:tiles" also say whether panels are read in turn. Throws std::invalid_argument.
 const KernelTable& kernels_by_name(const char* isa);
 
 }  // namespace numagraft

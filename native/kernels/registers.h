@@ -122,6 +122,51 @@ NG_INLINE void settle(V& sum) {
 #endif
 }
 
+// Adds what four input bytes (one float), repeated, make of two vectors of weights to two sums. With AVX2 in assembly: twelve sums, two
+// vectors, the inputs and a product are all registers there are. Left to itself gcc keeps some sums in memory, and each then waits
+// for its last store.
+#if defined(__AVX512BW__)
+NG_INLINE void add_madd(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  int x;
+  __builtin_memcpy(&x, inputs, 4);
+  sum0 = add32(sum0, madd(w0, repeat32(x)));
+  settle(sum0);
+  sum1 = add32(sum1, madd(w1, repeat32(x)));
+  settle(sum1);
+}
+NG_INLINE void add_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  int x;
+  __builtin_memcpy(&x, inputs, 4);
+  sum0 = add16(sum0, maddubs(w0, repeat32(x)));
+  settle(sum0);
+  sum1 = add16(sum1, maddubs(w1, repeat32(x)));
+  settle(sum1);
+}
+NG_INLINE void add_fma(const float* input, VF w0, VF w1, VF& sum0, VF& sum1) {
+  sum0 = fma(repeat(*input), w0, sum0);
+  sum1 = fma(repeat(*input), w1, sum1);
+}
+#else
+NG_INLINE void add_madd(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  V x, product;
+  asm("vpbroadcastd %4, %2\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %1, %1"
+      : "+x"(sum0), "+x"(sum1), "=&x"(x), "=&x"(product)
+      : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
+}
+NG_INLINE void add_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  V x, product;
+  asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %6, %2\n\tvpaddw %2, %1, %1"
+      : "+x"(sum0), "+x"(sum1), "=&x"(x), "=&x"(product)
+      : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
+}
+NG_INLINE void add_fma(const float* input, VF w0, VF w1, VF& sum0, VF& sum1) {
+  VF x;
+  asm("vbroadcastss %3, %2\n\tvfmadd231ps %2, %4, %0\n\tvfmadd231ps %2, %5, %1"
+      : "+x"(sum0), "+x"(sum1), "=&x"(x)
+      : "m"(*input), "x"(w0), "x"(w1));
+}
+#endif
+
 constexpr int kVectorBytes = kInt32s * 4;
 constexpr int kParts = kTileColumns / kInt32s;  // vectors of results per 16-column tile
 

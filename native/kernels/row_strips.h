@@ -44,15 +44,27 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 // strips go over a chunk memory is what they wait for, and it must not fall idle behind the first: small chunks.
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
-// run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums.
+// run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
+// run_two_panels(args, panel), for one row.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
+  std::int64_t done = 0;
+  if constexpr (requires { kernel.run_two_panels(a, done); }) {
+    if (a.panels_in_turn && a.block_count == 1 && a.blocks[0].rows == 1) {
+      for (; done + 2 <= a.panels; done += 2) {
+        kernel.run_two_panels(a, done);
+        if (a.last_unit < a.layout->units) continue;
+        kernel.finish(a, done, a.c + done * a.c_panel_stride);
+        kernel.finish(a, done + 1, a.c + (done + 1) * a.c_panel_stride);
+      }
+    }
+  }
   int all_strips = 0;
   for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
   std::int64_t chunk = all_strips == 1 ? Kernel::single_strip_units : all_strips <= kFewStrips ? Kernel::few_strip_units : Kernel::chunk_units;
   if (chunk == 0) chunk = a.last_unit - a.first_unit;
-  for (std::int64_t panel = 0; panel < a.panels; ++panel) {
+  for (std::int64_t panel = done; panel < a.panels; ++panel) {
     float* const panel_c = a.c + panel * a.c_panel_stride;
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
       const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;

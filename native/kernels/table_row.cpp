@@ -14,23 +14,32 @@ void pack(const PackArgs&);
 #define NUMAGRAFT_TEXT_(x) #x
 #define NUMAGRAFT_TEXT(x) NUMAGRAFT_TEXT_(x)
 
-extern const KernelTable kernels;
-const KernelTable kernels = {
-    NUMAGRAFT_TEXT(NUMAGRAFT_ISA),
-    NUMAGRAFT_QUANTISED_FORM,
-    NUMAGRAFT_GROUPED_FORM,
-    NUMAGRAFT_FLOAT_FORM,
-    NUMAGRAFT_FP8_FORM,
-    NUMAGRAFT_TILES ? kReroundRowsFrom : 0,
-    NUMAGRAFT_TILES ? 2 : 0,
-    NUMAGRAFT_TILES,
-    &prepare,
-    &gemm,
-    &store_rows,
-    &gate,
-    &accumulate,
-    &reduce,
-    &pack,
-};
+namespace {
+
+constexpr KernelTable row(bool panels_in_turn) {
+  return {
+      NUMAGRAFT_TEXT(NUMAGRAFT_ISA),
+      NUMAGRAFT_QUANTISED_FORM,
+      NUMAGRAFT_GROUPED_FORM,
+      NUMAGRAFT_FLOAT_FORM,
+      NUMAGRAFT_FP8_FORM,
+      NUMAGRAFT_TILES ? kReroundRowsFrom : 0,
+      NUMAGRAFT_TILES ? 2 : 0,
+      panels_in_turn,
+      NUMAGRAFT_TILES,
+      &prepare,
+      &gemm,
+      &store_rows,
+      &gate,
+      &accumulate,
+      &reduce,
+      &pack,
+  };
+}
+
+}  // namespace
+
+extern const KernelTable kernels[2];
+const KernelTable kernels[2] = {row(false), row(true)};  // [panels_in_turn]
 
 }  // namespace numagraft::NUMAGRAFT_ISA

@@ -314,7 +314,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         add_shards(call, worker);
       }
     };
-    lease != nullptr ? runtime_->run(*lease, share_work) : runtime_->run(roster.nodes(), share_work);
+    lease != nullptr ? runtime_->run(*lease, share_work, Pinning::watched) : runtime_->run(roster.nodes(), share_work, Pinning::watched);
   }
 }
 

@@ -135,7 +135,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
       }
       for (const Role& role : roles) multiply(call, worker, role, prepared, reader);
     };
-    lease != nullptr ? runtime_->run(*lease, work) : runtime_->run(roster.nodes(), work);
+    lease != nullptr ? runtime_->run(*lease, work, Pinning::watched) : runtime_->run(roster.nodes(), work, Pinning::watched);
   }
 }
 
@@ -194,7 +194,7 @@ void LinearWeights::compute_in_chunks(const Call& call, const Roster& roster, co
       const Range blocks{own.begin + count * group / of.groups, own.begin + count * (group + 1) / of.groups};
       multiply_blocks(call, worker, role.part, blocks, {panels * piece / of.pieces, panels * (piece + 1) / of.pieces}, of.prepared->data, reader);
     });
-  });
+  }, Pinning::watched);
 }
 
 void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const {

@@ -17,8 +17,17 @@ void throw_pin_refused(int cpu, int error) {
   throw PlacementFailure("cannot pin a thread to CPU " + std::to_string(cpu) + ": sched_setaffinity says " + describe_errno(error), remedy);
 }
 
-AffinityScope::AffinityScope(int cpu) {
-  if (cpu < 0) return;
+AffinityScope::AffinityScope(int cpu, Pinning pinning) : cpu_(cpu), watched_(pinning == Pinning::watched && cpu >= 0) {
+  if (watched_) {
+    look();
+  } else if (cpu >= 0) {
+    pin();
+  }
+}
+
+void AffinityScope::pin() {
+  watched_ = false;
+  const int cpu = cpu_;
   const int wanted[] = {cpu};
   const sys::CpuMask mask(wanted);
   if (const int error = sys::get_affinity(saved_); error != 0) throw_pin_refused(cpu, error);

@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "threads/affinity_scope.h"
-
 namespace numagraft {
 namespace {
 
@@ -14,6 +12,7 @@ struct Aborted {};  // unwinds workers that wait for one that has failed
 void Call::begin(std::span<const Seat> seats, const Work& work, SpinTime spin) {
   seats_.assign(seats.begin(), seats.end());
   work_ = &work;
+  caller_ = nullptr;
   spin_ = spin;
   workers_ = 0;
   error_ = nullptr;
@@ -29,7 +28,7 @@ void Call::begin(std::span<const Seat> seats, const Work& work, SpinTime spin) {
   }
 }
 
-void Call::take_part(int seat_index, int rank_in_node, int cpu) noexcept {
+void Call::take_part(int seat_index, int rank_in_node, int cpu, Pinning pinning) noexcept {
   const Seat& seat = seats_[static_cast<std::size_t>(seat_index)];
   NodeSync* sync = seat.sync;
   const Worker worker{
@@ -42,7 +41,8 @@ void Call::take_part(int seat_index, int rank_in_node, int cpu) noexcept {
       .workers = workers_,
   };
   try {
-    const AffinityScope pinned(cpu);
+    AffinityScope kept(cpu, pinning);
+    if (pinning == Pinning::watched) caller_ = &kept;
     (*work_)(worker, *this);
   } catch (const Aborted&) {
   } catch (...) {
@@ -62,6 +62,7 @@ void Call::join() {
 }
 
 void Call::node(const Worker& worker) {
+  if (worker.rank == 0 && caller_ != nullptr) caller_->look();
   const Seat& seat = seats_[static_cast<std::size_t>(worker.node_rank)];
   if (seat.workers == 1) return;
   NodeSync& sync = *seat.sync;
@@ -75,6 +76,7 @@ void Call::node(const Worker& worker) {
 }
 
 void Call::all(const Worker& worker) {
+  if (worker.rank == 0 && caller_ != nullptr) caller_->look();
   const Seat& seat = seats_[static_cast<std::size_t>(worker.node_rank)];
   NodeSync& sync = *seat.sync;
   const std::uint32_t old = sync.barrier_all.load();

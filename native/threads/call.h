@@ -8,6 +8,7 @@
 
 #include "threads/function_ref.h"
 #include "threads/runtime.h"
+#include "threads/affinity_scope.h"
 #include "threads/wait_word.h"
 
 namespace numagraft {
@@ -36,9 +37,9 @@ class Call : public Barriers {
 
   // Before the workers are told; nobody else looks at the call then.
   void begin(std::span<const Seat> seats, const Work& work, SpinTime spin);
-  // Runs one worker's share on the calling thread, pinned to `cpu` meanwhile (negative: as it is). What it throws, a refused
-  // pin included, is kept for `join` and releases the others' barriers.
-  void take_part(int seat, int rank_in_node, int cpu) noexcept;
+  // Runs one worker's share on the calling thread, kept on `cpu` meanwhile (negative: as it is); a watched one is looked after
+  // at every barrier. What it throws, a refused pin included, is kept for `join` and releases the others' barriers.
+  void take_part(int seat, int rank_in_node, int cpu, Pinning pinning = Pinning::always) noexcept;
   // Waits for all workers, then rethrows the first exception.
   void join();
 
@@ -52,6 +53,7 @@ class Call : public Barriers {
 
   std::vector<Seat> seats_;
   const Work* work_ = nullptr;
+  AffinityScope* caller_ = nullptr;  // of the worker of rank 0, where it is watched
   SpinTime spin_{};
   int workers_ = 0;
   std::atomic<bool> failed_{false};

@@ -143,9 +143,9 @@ struct Runtime::Impl {
     return *mine.by_node[static_cast<std::size_t>(index)];
   }
 
-  void run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work);
+  void run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning);
   // `on` are nodes with threads whose pools this thread holds.
-  void run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work);
+  void run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning);
   void touch(const Memory::Reserved& reserved, const Lease* lease);
   Buffer allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner, const Lease* lease);
 
@@ -161,7 +161,7 @@ struct Runtime::Impl {
   std::vector<std::atomic<int>> chunk_delays;            // by node, microseconds
 };
 
-void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work) {
+void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning) {
   check_outside_call();
   Pools& mine = pools();
   thread_local std::vector<int> with_threads;
@@ -190,10 +190,10 @@ void Runtime::Impl::run(std::span<const int> on, FunctionRef<void(const Worker&,
     pool->calls().lock();
     ++unlock.locked;
   }
-  run_held(with_threads, work);
+  run_held(with_threads, work, pinning);
 }
 
-void Runtime::Impl::run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work) {
+void Runtime::Impl::run_held(std::span<const int> on, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning) {
   check_outside_call();
   Pools& mine = pools();
   thread_local std::vector<Call::Seat> seats;
@@ -215,7 +215,7 @@ void Runtime::Impl::run_held(std::span<const int> on, FunctionRef<void(const Wor
   for (std::size_t i = 0; i < seated.size(); ++i) seated[i]->start(call, static_cast<int>(i), i != 0, spin);
   {
     const InsideCall inside;
-    call.take_part(0, 0, seated.front()->cpu_of(0));
+    call.take_part(0, 0, seated.front()->cpu_of(0), pinning);
   }
   call.join();
 }
@@ -240,7 +240,7 @@ void Runtime::Impl::touch(const Memory::Reserved& reserved, const Lease* lease) 
   std::vector<int> os_nodes;
   for (int node : buffer.target.nodes) os_nodes.push_back(nodes[static_cast<std::size_t>(node)].os_node);
 
-  const auto run_here = [&](FunctionRef<void(const Worker&, Barriers&)> work) { lease != nullptr ? run_held(touchers, work) : run(touchers, work); };
+  const auto run_here = [&](FunctionRef<void(const Worker&, Barriers&)> work) { lease != nullptr ? run_held(touchers, work, Pinning::always) : run(touchers, work, Pinning::always); };
   std::byte* const begin = buffer.data;
   std::byte* const end = buffer.data + buffer.bytes;
   if (by_hand && interleaved) {
@@ -284,7 +284,7 @@ int Runtime::threads_on(std::span<const int> nodes) const {
   return threads;
 }
 
-void Runtime::run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work) { impl_->run(nodes, work); }
+void Runtime::run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning) { impl_->run(nodes, work, pinning); }
 
 Buffer Runtime::Impl::allocate(std::size_t bytes, const MemoryTarget& target, const std::string& owner, const Lease* lease) {
   Memory::Reserved reserved = memory.reserve(bytes, target, owner);
@@ -350,7 +350,7 @@ Runtime::Lease Runtime::lease(std::span<const std::vector<int>> groups) {
   return lease;
 }
 
-void Runtime::run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work) { impl_->run_held(lease.nodes(), work); }
+void Runtime::run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning) { impl_->run_held(lease.nodes(), work, pinning); }
 
 void Runtime::set_chunk_delay(int node, int microseconds) {
   impl_->node(node);
@@ -393,6 +393,8 @@ std::byte* Runtime::scratch(const Worker& worker, std::size_t bytes) {
   const MemoryTarget target{{worker.node}, MemoryTarget::Mode::bind};
   const Memory::Reserved reserved = impl_->memory.reserve(wanted, target, "scratch memory of node " + std::to_string(worker.node));
   try {
+    // A caller that is only watched may be elsewhere.
+    const AffinityScope here(reserved.obtained == Obtained::first_touch ? impl_->pool(impl_->pools(), worker.node).cpu_of(worker.rank_in_node) : -1);
     std::optional<PolicyScope> policy;
     if (reserved.obtained == Obtained::set_mempolicy) policy.emplace(std::span(&impl_->nodes[static_cast<std::size_t>(worker.node)].os_node, 1), target.mode);
     touch_pages(reserved.buffer.data, reserved.buffer.data + reserved.buffer.bytes, reserved.pages);

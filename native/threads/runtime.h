@@ -10,6 +10,7 @@
 #include "memory/buffer.h"
 #include "memory/memory.h"
 #include "system/page_query.h"
+#include "threads/affinity_scope.h"
 #include "threads/function_ref.h"
 #include "threads/wait_word.h"
 
@@ -69,15 +70,16 @@ class Runtime {
 
   // Runs `work` once on every worker of the given nodes and returns when all are done; the caller takes a slot. Calls on
   // overlapping nodes queue, calls on disjoint nodes run side by side. The first exception thrown by a worker is
-  // rethrown here (the others' barriers are released). Must be called without the GIL.
-  void run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work);
+  // rethrown here (the others' barriers are released). Must be called without the GIL. `pinning`: of the caller; `watched` is
+  // for work that only reads and computes, which a move makes slower and not wrong.
+  void run(std::span<const int> nodes, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning = Pinning::always);
 
   // For work that any of several groups of nodes can do by itself, such as a call on a mirrored weight: one group at least,
   // every one where no other caller is there (group_lease.h says who gets which), held until the lease goes. A caller that
   // is confined to the CPUs of one group gets that one. Not from inside `run`; no call but on the lease meanwhile.
   class Lease;
   Lease lease(std::span<const std::vector<int>> groups);
-  void run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work);
+  void run(const Lease& lease, FunctionRef<void(const Worker&, Barriers&)> work, Pinning pinning = Pinning::always);
 
   // Zeroed pages as asked, touched by threads of their nodes; throws PlacementFailure before anything is changed (it looks
   // at free memory first: MPOL_BIND on a full node ends in the OOM killer), or with everything given back. `owner` names the
