@@ -72,10 +72,12 @@ NG_INLINE void f16_half_unit(const std::uint16_t* w, int first, const float* x, 
 
 // `first`: the first of `count` vectors of columns.
 template <int rows, int count, int sums>
-NG_INLINE void bf16_half_unit(const std::byte* w, std::int64_t apart, int first, const float* x, bool fresh, VF (&sum)[rows][count][sums]) {
+NG_INLINE void bf16_half_unit(const std::byte* w, std::int64_t apart, int first, const float* x, bool fresh, const Requests& requests,
+                              VF (&sum)[rows][count][sums]) {
   const V high_half = repeat32(static_cast<int>(0xFFFF0000u));
 #pragma GCC unroll 2
   for (int pair = 0; pair < 16; ++pair) {
+    if (fresh) requests.ask(w, pair);
 #pragma GCC unroll 2
     for (int v = 0; v < count; v += 2) {
 #pragma GCC unroll 2
@@ -85,7 +87,6 @@ NG_INLINE void bf16_half_unit(const std::byte* w, std::int64_t apart, int first,
         for (int j = 0; j < 2; ++j) {
           const int vector = first + v + j;
           const std::byte* from = w + vector / kParts * apart + pair * 64 + vector % kParts * kVectorBytes;
-          if (fresh && odd == 0 && vector % kParts == 0) prefetch_line(from);
           weights[j] = as_floats(odd ? bit_and(load_bytes(from), high_half) : left16(load_bytes(from)));
         }
 #pragma GCC unroll 6
@@ -126,7 +127,7 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
         const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
         for (int half = 0; half < 2; ++half) {
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, sum);
+            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, Requests(a.in_order, kBf16HalfTile), sum);
           } else {
             const std::byte* bytes = w + half * 1024;
             if (rows == 1 && strip.alone) {
@@ -196,7 +197,7 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t 
         for (int tile = 0; tile < 2; ++tile) {
           const std::byte* w = weights + unit * layout.unit_bytes + (half * 2 + tile) * half_tile;
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<1, kFloatVectors, sums>(w, layout.panel_bytes, 0, x, true, sum[tile]);
+            bf16_half_unit<1, kFloatVectors, sums>(w, layout.panel_bytes, 0, x, true, Requests(false, layout.panel_bytes), sum[tile]);
           } else {
             std::uint16_t* expanded = expanded_units + tile * kHalfUnit;
             std::uint16_t* other = expanded_units + (1 - tile) * kHalfUnit;
@@ -233,6 +234,7 @@ struct Floats {
   static constexpr std::int64_t chunk_units = kFloatChunkUnits;
   static constexpr std::int64_t few_strip_units = kFp8Block / kUnitInputs;
   static constexpr std::int64_t single_strip_units = 0;
+  static constexpr std::int64_t in_order_units = 2;
   alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

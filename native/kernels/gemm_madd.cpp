@@ -16,14 +16,12 @@ constexpr int side_by_side(int rows) { return rows * kVectors <= kSums ? kVector
 // Bytes of a line are four inputs of a column; in 16 bits, the even two and the odd two: what a multiply-add adds up belongs
 // to one column, and one operation widens.
 template <int rows, int count>
-NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, V (&sum)[rows][count]) {
+NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, bool in_order, V (&sum)[rows][count]) {
   const V even = repeat16(0xFF);
+  const Requests requests(in_order, 1024);
 #pragma GCC unroll 2
   for (int i = 0; i < 16; ++i) {
-    if (fresh && first == 0) {
-      prefetch_line(w + i * 64);
-      prefetch_line(w + 1024 + i * 64);
-    }
+    if (fresh && first == 0) requests.ask(w, i);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 2
@@ -65,7 +63,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
     }
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
       const std::byte* x = block.low + (unit * block.stride_rows + strip.first_row) * kUnitInputs * 2;
-      int8_unit<rows, count>(weights + unit * layout.unit_bytes, first, x, strip.fresh, sum);
+      int8_unit<rows, count>(weights + unit * layout.unit_bytes, first, x, strip.fresh, a.in_order, sum);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -140,6 +138,29 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
   const V table = repeat128(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   // The second group loads again what the first has loaded: gcc would keep all of it on the stack.
   if constexpr (kind == WeightKind::mxfp4 && group == 1) asm volatile("" : "+r"(w));
+  // In a loop: unrolled, this many rows are more code than the CPU keeps decoded, and sums go to memory and back.
+  if constexpr (kParts == 2 && kind == WeightKind::int4 && rows >= 4) {
+    static_assert(!onto);
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < count; ++v) narrow[r][v] = zero();
+    }
+#pragma GCC unroll 1
+    for (int i = begin; i < end; ++i) {
+      V values[count];
+#pragma GCC unroll 2
+      for (int v = 0; v < count; ++v) {
+        const std::byte* from = w + i * 64 + v * kVectorBytes;
+        if (fresh && v == 0) prefetch_line(from);
+        const V pair = load_bytes(from);
+        values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) add_maddubs(x[r] + group * 32 + i * 4, values[0], values[1], narrow[r][0], narrow[r][1]);
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int i = begin; i < end; ++i) {
     V inputs[rows];
@@ -398,7 +419,8 @@ NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int fi
 
 template <WeightKind kind, bool symmetric, int rows>
 void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
-  constexpr int count = side_by_side(rows);
+  // Three rows of mxfp4 side by side have more sums, tables and offsets than there are registers.
+  constexpr int count = kind == WeightKind::mxfp4 && kParts == 2 && rows == 3 ? kVectors / 2 : side_by_side(rows);
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::uint8_t mask = strip_flags(strip, rows);
@@ -442,6 +464,7 @@ struct Int8 {
   static constexpr std::int64_t chunk_units = kChunkUnits;
   static constexpr std::int64_t few_strip_units = 4;
   static constexpr std::int64_t single_strip_units = 0;
+  static constexpr std::int64_t in_order_units = 2;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);

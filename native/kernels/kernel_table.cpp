@@ -22,7 +22,7 @@ NUMAGRAFT_ROW(amx)
 namespace {
 
 struct Supported {
-  const KernelTable* rows[5][2];  // [panels_in_turn]
+  const KernelTable* rows[5][2];  // [in_order]
   const KernelTable* chosen[5];
   int count = 0;
 };

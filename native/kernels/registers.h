@@ -10,6 +10,7 @@
 #include "kernels/kernel_table.h"
 
 #define NG_INLINE static inline __attribute__((always_inline, unused))
+#define NG_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace numagraft {
 namespace {
@@ -20,6 +21,16 @@ constexpr std::int64_t kPrefetchAhead = 6656;
 NG_INLINE void prefetch_line(const std::byte* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1);
 }
+// Which two lines to ask for at each step over two tiles that lie side by side: the next two of both, or one of each.
+struct Requests {
+  std::int64_t step;
+  std::int64_t apart;
+  NG_INLINE_MEMBER Requests(bool in_order, std::int64_t tile_bytes) : step(in_order ? 128 : 64), apart(in_order ? 64 : tile_bytes) {}
+  NG_INLINE_MEMBER void ask(const std::byte* tiles, int i) const {
+    prefetch_line(tiles + i * step);
+    prefetch_line(tiles + i * step + apart);
+  }
+};
 // The scales of 32 columns in one row of the side table.
 NG_INLINE void prefetch_scales(const float* side) {
   _mm_prefetch(reinterpret_cast<const char*>(side), _MM_HINT_T0);

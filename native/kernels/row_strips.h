@@ -45,13 +45,14 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
 // run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
-// run_two_panels(args, panel), for one row.
+// run_two_panels(args, panel), for one row, and in_order_units instead of the last two where memory wants lines in order: a
+// chunk is then asked for while the one before it is multiplied.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
   std::int64_t done = 0;
   if constexpr (requires { kernel.run_two_panels(a, done); }) {
-    if (a.panels_in_turn && a.block_count == 1 && a.blocks[0].rows == 1) {
+    if (a.in_order && a.block_count == 1 && a.blocks[0].rows == 1) {
       for (; done + 2 <= a.panels; done += 2) {
         kernel.run_two_panels(a, done);
         if (a.last_unit < a.layout->units) continue;
@@ -63,6 +64,9 @@ void gemm_strips(const GemmArgs& a) {
   int all_strips = 0;
   for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
   std::int64_t chunk = all_strips == 1 ? Kernel::single_strip_units : all_strips <= kFewStrips ? Kernel::few_strip_units : Kernel::chunk_units;
+  if constexpr (requires { Kernel::in_order_units; }) {
+    if (a.in_order && all_strips <= kFewStrips) chunk = Kernel::in_order_units;
+  }
   if (chunk == 0) chunk = a.last_unit - a.first_unit;
   for (std::int64_t panel = done; panel < a.panels; ++panel) {
     float* const panel_c = a.c + panel * a.c_panel_stride;

@@ -16,7 +16,7 @@ void pack(const PackArgs&);
 
 namespace {
 
-constexpr KernelTable row(bool panels_in_turn) {
+constexpr KernelTable row(bool in_order) {
   return {
       NUMAGRAFT_TEXT(NUMAGRAFT_ISA),
       NUMAGRAFT_QUANTISED_FORM,
@@ -25,7 +25,7 @@ constexpr KernelTable row(bool panels_in_turn) {
       NUMAGRAFT_FP8_FORM,
       NUMAGRAFT_TILES ? kReroundRowsFrom : 0,
       NUMAGRAFT_TILES ? 2 : 0,
-      panels_in_turn,
+      in_order,
       NUMAGRAFT_TILES,
       &prepare,
       &gemm,
@@ -40,6 +40,6 @@ constexpr KernelTable row(bool panels_in_turn) {
 }  // namespace
 
 extern const KernelTable kernels[2];
-const KernelTable kernels[2] = {row(false), row(true)};  // [panels_in_turn]
+const KernelTable kernels[2] = {row(false), row(true)};  // [in_order]
 
 }  // namespace numagraft::NUMAGRAFT_ISA

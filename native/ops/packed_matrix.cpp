@@ -103,7 +103,7 @@ void multiply_panels_in_pieces(const KernelTable& kernels, const PackedMatrix& m
   args.block_count = static_cast<int>(block_count);
   args.c = c;
   args.c_panel_stride = c_panel_stride;
-  args.panels_in_turn = kernels.panels_in_turn;
+  args.in_order = kernels.in_order;
   const std::int64_t units = matrix.layout().units;
   for (args.first_unit = 0; args.first_unit < units; args.first_unit = args.last_unit) {
     args.last_unit = std::min(args.first_unit + units_together, units);
