@@ -250,7 +250,7 @@ void LinearWeights::multiply_blocks(const Call& call, const Worker& worker, int 
   const std::size_t own_bytes = prepared == nullptr ? (all.bytes() + 63) / 64 * 64 : 0;
   const std::size_t row_bytes = prepared == nullptr ? static_cast<std::size_t>(in_features_) * sizeof(float) + 64 : 0;
   const std::int64_t panel_stride = most_rows * kPanelColumns;
-  const std::int64_t step = most_rows >= kManyRows ? kPanelsTogether : 1;
+  const std::int64_t step = most_rows >= kManyRows || kernels_->in_order ? kPanelsTogether : 1;
   const auto c_bytes = static_cast<std::size_t>(step * panel_stride) * sizeof(float);
   std::byte* scratch = runtime_->scratch(worker, c_bytes + own_bytes + row_bytes);
   auto* c = reinterpret_cast<float*>(scratch);
