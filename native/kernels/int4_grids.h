@@ -184,22 +184,33 @@ struct WholeSearch {
   F r;
   F m;
 
-  inline __attribute__((always_inline)) void look_at(F tried_r, F tried_m) {
-    const I16Pairs half = (I16Pairs)twice16(round_to_int(tried_r * splat(kParts / 2.0f)));
+  // What all grids of one scale share.
+  struct Scale {
+    F r;
+    I16Pairs half;
+    I inverse;
+    F off;  // once it is bf16
+  };
+  inline __attribute__((always_inline)) Scale scale_of(F tried_r) const {
+    return {tried_r, (I16Pairs)twice16(round_to_int(tried_r * splat(kParts / 2.0f))), twice16(round_to_int(splat(65536.0f / kParts) / tried_r)),
+            rounded_to_bf16(tried_r * step) * inverse_step - tried_r};
+  }
+
+  inline __attribute__((always_inline)) void look_at(const Scale& tried, F tried_m) {
+    const I16Pairs half = tried.half;
     const I16Pairs scale = half + half;
     const I16Pairs offset = half - (I16Pairs)twice16(round_to_int(tried_m * splat(static_cast<float>(kParts))));
-    const I inverse = twice16(round_to_int(splat(65536.0f / kParts) / tried_r));
     // What the middle of the grid is off by once scale and minimum are bf16: tiles multiply whole numbers, others do not.
-    const F off_scale = rounded_to_bf16(tried_r * step) * inverse_step - tried_r;
+    const F off_scale = tried.off;
     const F off_minimum = symmetric ? splat(-8) * off_scale : rounded_to_bf16(tried_m * step) * inverse_step - tried_m;
     const F off = (off_minimum + splat(7.5f) * off_scale) * splat(kParts);
     I squares = round_to_int(off * off * splat(2 * kOffCost * static_cast<float>(count)));
     for (int i = 0; i < count; ++i) {
       const I16Pairs above = (I16Pairs)pairs[i] + offset;
-      const I16Pairs q = (I16Pairs)at_most16(high_product16(at_least_zero16((I)above), inverse), twice16(I{} + 15));
+      const I16Pairs q = (I16Pairs)at_most16(high_product16(at_least_zero16((I)above), tried.inverse), twice16(I{} + 15));
       squares += square_pairs16((I)(above - half - q * scale));
     }
-    take(squares, tried_r, tried_m);
+    take(squares, tried.r, tried_m);
   }
   inline __attribute__((always_inline)) void take(const WholeSearch& other) { take(other.error, other.r, other.m); }
 
@@ -232,8 +243,9 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
     const F least = whole_number(extreme * splat(1.0f / 9.0f) - splat(0.5f));
     for (int i = 0; i < 6; ++i) {
       const F r = limited(least + splat(static_cast<float>(i)), 15.0f);
-      best.look_at(r, splat(-8.0f) * r);
-      best.look_at(r, splat(-7.0f) * r);
+      const auto scale = best.scale_of(r);
+      best.look_at(scale, splat(-8.0f) * r);
+      best.look_at(scale, splat(-7.0f) * r);
     }
     const F scale = select(best.m == splat(-7.0f) * best.r, -best.r, best.r) * step;
     return {rounded<true>(scale, F{}), to_float(best.error) * (step * step) * splat(1.0f / (kParts * kParts))};
@@ -243,7 +255,8 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
     for (int i = 0; i < 3; ++i) {
       WholeSearch<symmetric> at_r = none;
       const F r = limited(least + splat(static_cast<float>(i)), 16.0f);
-      const auto look_at = [&](F m) { at_r.look_at(r, maximum(splat(-kWholeReach), minimum(splat(kWholeReach) - splat(15.0f) * r, m))); };
+      const auto scale = at_r.scale_of(r);
+      const auto look_at = [&](F m) { at_r.look_at(scale, maximum(splat(-kWholeReach), minimum(splat(kWholeReach) - splat(15.0f) * r, m))); };
       const F centre = whole_number(middle - splat(7.5f) * r);
       for (int off = -6; off <= 6; off += 2) look_at(centre + splat(static_cast<float>(off)));
       const F m = at_r.m;

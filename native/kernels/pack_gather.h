@@ -207,7 +207,13 @@ NUMAGRAFT_INLINE F magnitude(F x) { return (F)((I)x & 0x7FFFFFFF); }
 NUMAGRAFT_INLINE F at(const float* staged, std::int64_t k, int slice) {
   return load<F>(staged + k * kPanelColumns + slice * kLanes);
 }
-NUMAGRAFT_INLINE F rounded_to_bf16(F x) { return from_bf16(to_bf16(x)); }
+// As from_bf16(to_bf16(x)), without making the lanes narrow and wide again.
+NUMAGRAFT_INLINE F rounded_to_bf16(F x) {
+  const U bits = (U)x;
+  const U rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  const U nan = (U)((I)(bits & 0x7FFFFFFF) > 0x7F800000);
+  return (F)(((nan & (bits | 0x400000)) | (~nan & rounded)) & 0xFFFF0000);
+}
 NUMAGRAFT_INLINE I clamp(I q, std::int32_t low, std::int32_t high) {
   const I below = q < low;
   q = (below & low) | (~below & q);
