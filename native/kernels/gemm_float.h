@@ -171,7 +171,8 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
 
 // One row, two panels in turn: their half tiles side by side, one after the other.
 template <WeightKind kind>
-__attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t panel, [[maybe_unused]] std::uint16_t* expanded_units) {
+__attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit,
+                                                 [[maybe_unused]] std::uint16_t* expanded_units) {
   constexpr int sums = kParts == 1 ? 4 : 2;
   constexpr std::int64_t together = kind == WeightKind::fp8 ? kFp8Block / kUnitInputs : kChunkInputs / kUnitInputs;
   constexpr std::int64_t half_tile = kind == WeightKind::fp8 ? kFp8HalfTile : kBf16HalfTile;
@@ -180,10 +181,10 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t 
   const std::byte* const weights = a.panel + panel * layout.panel_bytes;
   const auto* const inputs = reinterpret_cast<const float*>(block.low);
   const auto c_of = [&](int tile, int v) { return a.c + (panel + v / kParts) * a.c_panel_stride + (tile * kParts + v % kParts) * kInt32s; };
-  if constexpr (kind == WeightKind::fp8) expand_half_unit(weights + a.first_unit * layout.unit_bytes, layout.panel_bytes, expanded_units);
-  for (std::int64_t first = a.first_unit; first < a.last_unit;) {
+  if constexpr (kind == WeightKind::fp8) expand_half_unit(weights + first_unit * layout.unit_bytes, layout.panel_bytes, expanded_units);
+  for (std::int64_t first = first_unit; first < last_unit;) {
     const std::int64_t boundary = (first / together + 1) * together;
-    const std::int64_t last = boundary < a.last_unit ? boundary : a.last_unit;
+    const std::int64_t last = boundary < last_unit ? boundary : last_unit;
     VF sum[2][1][kFloatVectors][sums];  // [tile], of the first panel and the second
     for (int tile = 0; tile < 2; ++tile) {
       for (int v = 0; v < kFloatVectors; ++v) {
@@ -201,7 +202,7 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t 
           } else {
             std::uint16_t* expanded = expanded_units + tile * kHalfUnit;
             std::uint16_t* other = expanded_units + (1 - tile) * kHalfUnit;
-            if (unit + 1 < a.last_unit || half == 0 || tile == 0) {
+            if (unit + 1 < last_unit || half == 0 || tile == 0) {
               f16_half_unit<1, kFloatVectors, sums, true>(expanded, 0, x, w + half_tile, layout.panel_bytes, other, sum[tile]);
             } else {
               f16_half_unit<1, kFloatVectors, sums, false>(expanded, 0, x, nullptr, 0, nullptr, sum[tile]);
@@ -240,7 +241,7 @@ struct Floats {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     float_rows<kind, rows>(a, panel, strip, expanded, c);
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel) { float_two_panels<kind>(a, panel, expanded); }
+  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) { float_two_panels<kind>(a, panel, first, last, expanded); }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 

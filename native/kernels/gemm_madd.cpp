@@ -74,7 +74,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
 }
 
 // One row, two panels in turn: their lines side by side, tile after tile.
-void int8_two_panels(const GemmArgs& a, std::int64_t panel) {
+void int8_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit) {
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
   const V even = repeat16(0xFF);
@@ -85,10 +85,10 @@ void int8_two_panels(const GemmArgs& a, std::int64_t panel) {
     prefetch_scales(panel_side(a, panel + p));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[p][v] = a.first_unit == 0 ? zero() : load_bytes(reinterpret_cast<const std::byte*>(c[p] + v * kInt32s));
+      sum[p][v] = first_unit == 0 ? zero() : load_bytes(reinterpret_cast<const std::byte*>(c[p] + v * kInt32s));
     }
   }
-  for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
+  for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
     const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
     const std::byte* x = block.low + unit * block.stride_rows * kUnitInputs * 2;
 #pragma GCC unroll 2
@@ -354,23 +354,23 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[may
 
 // The same for two panels in turn: their tiles side by side, tile after tile.
 template <WeightKind kind, bool symmetric>
-void nibble_two_panels(const GemmArgs& a, std::int64_t panel, [[maybe_unused]] WrappingSums& wrapping) {
+void nibble_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit, [[maybe_unused]] WrappingSums& wrapping) {
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
-  if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, 0, a.first_unit, a.last_unit, 1);
+  if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, 0, first_unit, last_unit, 1);
   float* const c[2] = {a.c + panel * a.c_panel_stride, a.c + (panel + 1) * a.c_panel_stride};
   VF total[2][kVectors];  // [tile], of the first panel and the second
   for (int tile = 0; tile < 2; ++tile) {
     for (int v = 0; v < kVectors; ++v) {
       const float* from = c[v / kParts] + (tile * kParts + v % kParts) * kInt32s;
-      total[tile][v] = a.first_unit == 0 ? zero_float() : load_floats(from);
+      total[tile][v] = first_unit == 0 ? zero_float() : load_floats(from);
     }
   }
-  for (std::int64_t unit = a.first_unit; unit < a.last_unit; ++unit) {
+  for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
     const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
     const bool with_high = block.flags[unit] & 1;
     const std::int32_t (*begin)[2] = nullptr;
-    if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - a.first_unit];
+    if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - first_unit];
     for (int tile = 0; tile < 2; ++tile) {
       const TwoTiles tiles{w + tile * kNibbleTile, layout.panel_bytes, w + layout.data_bytes, layout.panel_bytes, tile * kParts, tile * kParts};
       add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, true, begin, total[tile]);
@@ -381,7 +381,7 @@ void nibble_two_panels(const GemmArgs& a, std::int64_t panel, [[maybe_unused]] W
       prefetch_line(w + layout.panel_bytes + line);
     }
   }
-  const VF scale = repeat(a.last_unit == layout.units ? block.scale[0] * kNibbleScale<kind> : 1.0f);
+  const VF scale = repeat(last_unit == layout.units ? block.scale[0] * kNibbleScale<kind> : 1.0f);
   for (int tile = 0; tile < 2; ++tile) {
     for (int v = 0; v < kVectors; ++v) store_floats(c[v / kParts] + (tile * kParts + v % kParts) * kInt32s, mul(total[tile][v], scale));
   }
@@ -469,7 +469,7 @@ struct Int8 {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel) { int8_two_panels(a, panel); }
+  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) { int8_two_panels(a, panel, first, last); }
   void finish(const GemmArgs& a, std::int64_t panel, float* c) { finish_int8(a, panel, c); }
 };
 
@@ -488,7 +488,9 @@ struct Nibbles {
       nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
     }
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel) { nibble_two_panels<kind, symmetric>(a, panel, wrapping); }
+  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) {
+    nibble_two_panels<kind, symmetric>(a, panel, first, last, wrapping);
+  }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 

@@ -64,8 +64,8 @@ const KernelTable& kernels_by_name(const char* isa) {
   for (int i = 0; i < s.count; ++i) {
     const std::string name = s.chosen[i]->isa;
     if (name == isa) return *s.chosen[i];
-    if (name + ":tiles" == isa) return *s.rows[i][0];
-    if (name + ":panels" == isa) return *s.rows[i][1];
+    if (name + ":in-turn" == isa) return *s.rows[i][0];
+    if (name + ":in-order" == isa) return *s.rows[i][1];
     names += (i > 0 ? ", " : "") + name;
   }
   throw std::invalid_argument("no kernels for '" + std::string(isa) + "' on this machine: its CPU and operating system support " +

@@ -208,7 +208,7 @@ int supported_kernels(const KernelTable* const** tables);
 // The row in use: the best one, or the one named by NUMAGRAFT_ISA; throws std::invalid_argument naming the supported.
 const KernelTable& active_kernels();
 bool kernels_forced();
-// By name, for tests; "avx2:panels" and "avx2:tiles" also say whether panels are read in turn. Throws std::invalid_argument.
+// By name, for tests; "avx2:in-order" and "avx2:in-turn" also say how weights are read, see `in_order`. Throws std::invalid_argument.
 const KernelTable& kernels_by_name(const char* isa);
 
 }  // namespace numagraft

@@ -45,16 +45,19 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
 // run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
-// run_two_panels(args, panel), for one row, and in_order_units instead of the last two where memory wants lines in order: a
+// run_two_panels(args, panel, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order: a
 // chunk is then asked for while the one before it is multiplied.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
   std::int64_t done = 0;
-  if constexpr (requires { kernel.run_two_panels(a, done); }) {
+  if constexpr (requires { kernel.run_two_panels(a, done, done, done); }) {
     if (a.in_order && a.block_count == 1 && a.blocks[0].rows == 1) {
+      const std::int64_t chunk = Kernel::single_strip_units > 0 ? Kernel::single_strip_units : a.last_unit - a.first_unit;
       for (; done + 2 <= a.panels; done += 2) {
-        kernel.run_two_panels(a, done);
+        for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
+          kernel.run_two_panels(a, done, first, first + chunk < a.last_unit ? first + chunk : a.last_unit);
+        }
         if (a.last_unit < a.layout->units) continue;
         kernel.finish(a, done, a.c + done * a.c_panel_stride);
         kernel.finish(a, done + 1, a.c + (done + 1) * a.c_panel_stride);

@@ -26,6 +26,8 @@ FORMATS = [
     WeightFormat("mxfp4"),
 ]
 ISAS = capabilities().supported
+#: the same with either order of reading weights: one is what this CPU's memory likes, and so the plain row's
+ORDERED_ISAS = (*ISAS, *(f"{isa}:{order}" for isa in ISAS if isa.startswith("avx") for order in ("in-turn", "in-order")))
 
 
 def name_of(format: WeightFormat) -> str:

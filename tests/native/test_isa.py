@@ -35,6 +35,12 @@ def test_a_row_can_be_forced(isa):
     assert in_use(isa).stdout.split() == [isa, "True"]
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="this CPU has no AVX2")
+def test_a_row_can_be_had_in_either_order():
+    assert in_use("avx2:in-order").stdout.split() == in_use("avx2:in-turn").stdout.split() == ["avx2", "True"]
+    assert "no kernels for 'avx2:sideways'" in in_use("avx2:sideways").stderr
+
+
 def test_an_unsupported_row_is_an_error():
     run = in_use("avx1024")
     assert run.returncode != 0 and "ConfigurationError" in run.stderr

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
 import pytest
 
+from numagraft import native
 from numagraft._native import sanitizer
-from numagraft.errors import ConfigurationError
+from numagraft.errors import ConfigurationError, PlacementError
 from numagraft.native import Runtime, inherited_policy
 from numagraft.native import runtime as facade
+from numagraft.native.limits import fork_join_seconds
 from numagraft.runtime import RuntimeLayout, RuntimeNode
 
 CPUS = sorted(os.sched_getaffinity(0))
@@ -78,6 +81,25 @@ def test_caller_mask_is_what_it_was() -> None:
             runtime.native.fail_in_worker([0, 1], 0, "planted")
         assert os.sched_getaffinity(0) == mask
     assert inherited_policy().mode == "default"
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="one CPU: a caller cannot be elsewhere")
+def test_a_watched_caller_is_pinned_only_where_it_is_elsewhere() -> None:
+    runtime = Runtime(bound(1, 1))
+    fork_join_seconds(runtime, barriers=2, repetitions=1)  # makes the threads
+    native.set_fault("sched_setaffinity", errno.EPERM)
+    try:
+        os.sched_setaffinity(0, {CPUS[0]})
+        fork_join_seconds(runtime, barriers=2, repetitions=50)
+        os.sched_setaffinity(0, {CPUS[1]})
+        with pytest.raises(PlacementError, match=f"cannot pin a thread to CPU {CPUS[0]}: sched_setaffinity says EPERM"):
+            fork_join_seconds(runtime, barriers=2, repetitions=1)
+        native.set_fault("sched_setaffinity", None)
+        fork_join_seconds(runtime, barriers=2, repetitions=50)
+        assert os.sched_getaffinity(0) == {CPUS[1]}
+    finally:
+        native.set_fault("sched_setaffinity", None)
+        os.sched_setaffinity(0, CPUS)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
