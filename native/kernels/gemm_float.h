@@ -140,7 +140,9 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
                 f16_half_unit<rows, count, sums, false>(expanded, begin, x + half * 32, nullptr, 0, nullptr, sum);
               }
             } else {
-              const std::int64_t place = (unit - (strip.alone ? first : strip.first_unit)) * 2 + half;
+              // Only what is read twice is kept.
+              const bool at_once = strip.alone && count == kFloatVectors;
+              const std::int64_t place = at_once ? 0 : (unit - (strip.alone ? first : strip.first_unit)) * 2 + half;
               std::uint16_t* expanded = expanded_units + place * kHalfUnit;
               if (fresh) expand_half_unit(bytes, kFp8HalfTile, expanded);
               f16_half_unit<rows, count, sums, false>(expanded, begin, x + half * 32, nullptr, 0, nullptr, sum);
