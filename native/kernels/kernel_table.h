@@ -91,7 +91,7 @@ struct GemmArgs {
   int block_count;
   float* c;
   std::int64_t c_panel_stride;  // floats
-  bool in_order;          // one row reads two panels side by side, where that is what memory likes; see KernelTable
+  bool in_order;                // see KernelTable
 };
 
 // The side table of a panel, `panel` counted from the call's first; row r is at + r * kPanelColumns.
@@ -168,7 +168,9 @@ struct KernelTable {
   RowForm fp8_form;
   int reround_rows_from;        // rows from which int4 and mxfp4 are re-rounded to int8 per column and chunk; 0: never
   int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
-  bool in_order;          // one row reads two panels side by side instead of a panel's two tiles (not int8 and int4 with VNNI, nor tiles)
+  // Memory wants the lines of a page in order (AMD): one row reads two panels side by side, not a panel's two tiles, and few rows
+  // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles.
+  bool in_order;
   bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
