@@ -7,7 +7,7 @@ struct CpuFeatures {
   bool avx2 = false;         // with FMA and F16C
   bool avx512 = false;       // F, BW, DQ, VL, CD
   bool avx512_vnni = false;
-  bool zen = false;          // AMD's or Hygon's: what matters is the prefetchers, see docs/kernels.md
+  bool zen = false;          // AMD's or Hygon's: what matters is the prefetchers, see docs/kernels-zen.md
   bool amx = false;          // tile, int8, bf16, and the kernel's permission for this process; implies avx512_vnni, and VBMI
 };
 

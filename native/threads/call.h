@@ -6,9 +6,9 @@
 #include <span>
 #include <vector>
 
+#include "threads/affinity_scope.h"
 #include "threads/function_ref.h"
 #include "threads/runtime.h"
-#include "threads/affinity_scope.h"
 #include "threads/wait_word.h"
 
 namespace numagraft {
