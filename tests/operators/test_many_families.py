@@ -78,7 +78,9 @@ def small_model(family: str) -> torch.nn.Module:
         for parameter in model.parameters():  # values that bf16 holds exactly: only arithmetic differs then
             if parameter.dim() > 1:
                 parameter.copy_(parameter.bfloat16())
-    return model
+    # as `optimize` leaves them: matmul folds its batch only for weights that could be trained, and on some CPUs
+    # (Zen 3) the two products differ in the last bit
+    return model.requires_grad_(False)
 
 
 @pytest.mark.slow
