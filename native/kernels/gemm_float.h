@@ -127,7 +127,7 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
         const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
         for (int half = 0; half < 2; ++half) {
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, Requests(a.in_order, kBf16HalfTile), sum);
+            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, Requests::of_tiles(a.in_order, kBf16HalfTile), sum);
           } else {
             const std::byte* bytes = w + half * 1024;
             if (rows == 1 && strip.alone) {
@@ -173,17 +173,18 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
 
 // One row, two panels in turn: their half tiles side by side, one after the other.
 template <WeightKind kind>
-__attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit,
+__attribute__((noinline)) void float_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_unit, std::int64_t last_unit,
                                                  [[maybe_unused]] std::uint16_t* expanded_units) {
   constexpr int sums = kParts == 1 ? 4 : 2;
   constexpr std::int64_t together = kind == WeightKind::fp8 ? kFp8Block / kUnitInputs : kChunkInputs / kUnitInputs;
   constexpr std::int64_t half_tile = kind == WeightKind::fp8 ? kFp8HalfTile : kBf16HalfTile;
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
-  const std::byte* const weights = a.panel + panel * layout.panel_bytes;
+  const std::int64_t apart = panels.apart(a);
+  const std::byte* const weights = a.panel + panels[0] * layout.panel_bytes;
   const auto* const inputs = reinterpret_cast<const float*>(block.low);
-  const auto c_of = [&](int tile, int v) { return a.c + (panel + v / kParts) * a.c_panel_stride + (tile * kParts + v % kParts) * kInt32s; };
-  if constexpr (kind == WeightKind::fp8) expand_half_unit(weights + first_unit * layout.unit_bytes, layout.panel_bytes, expanded_units);
+  const auto c_of = [&](int tile, int v) { return a.c + panels[v / kParts] * a.c_panel_stride + (tile * kParts + v % kParts) * kInt32s; };
+  if constexpr (kind == WeightKind::fp8) expand_half_unit(weights + first_unit * layout.unit_bytes, apart, expanded_units);
   for (std::int64_t first = first_unit; first < last_unit;) {
     const std::int64_t boundary = (first / together + 1) * together;
     const std::int64_t last = boundary < last_unit ? boundary : last_unit;
@@ -200,12 +201,12 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t 
         for (int tile = 0; tile < 2; ++tile) {
           const std::byte* w = weights + unit * layout.unit_bytes + (half * 2 + tile) * half_tile;
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<1, kFloatVectors, sums>(w, layout.panel_bytes, 0, x, true, Requests(false, layout.panel_bytes), sum[tile]);
+            bf16_half_unit<1, kFloatVectors, sums>(w, apart, 0, x, true, Requests::of_panels(apart), sum[tile]);
           } else {
             std::uint16_t* expanded = expanded_units + tile * kHalfUnit;
             std::uint16_t* other = expanded_units + (1 - tile) * kHalfUnit;
             if (unit + 1 < last_unit || half == 0 || tile == 0) {
-              f16_half_unit<1, kFloatVectors, sums, true>(expanded, 0, x, w + half_tile, layout.panel_bytes, other, sum[tile]);
+              f16_half_unit<1, kFloatVectors, sums, true>(expanded, 0, x, w + half_tile, apart, other, sum[tile]);
             } else {
               f16_half_unit<1, kFloatVectors, sums, false>(expanded, 0, x, nullptr, 0, nullptr, sum[tile]);
             }
@@ -218,8 +219,8 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, std::int64_t 
         VF total = sum[tile][0][v][0];
         for (int s = 1; s < sums; ++s) total = add(total, sum[tile][0][v][s]);
         if constexpr (kind == WeightKind::fp8) {
-          const float* scales = panel_side(a, panel + v / kParts) + first * kUnitInputs / kFp8Block * kPanelColumns;
-          if (tile == 0 && v % kParts == 0) prefetch_scales(scales + 2 * panel_side_floats(layout));
+          const float* scales = panel_side(a, panels[v / kParts]) + first * kUnitInputs / kFp8Block * kPanelColumns;
+          if (tile == 0 && v % kParts == 0) prefetch_scales(scales + panel_side_floats(layout));
           total = mul(total, mul(load_floats(scales + (tile * kParts + v % kParts) * kInt32s), repeat(kE4m3F16Scale)));
         }
         if (first > 0) total = add(total, load_floats(c_of(tile, v)));
@@ -243,7 +244,7 @@ struct Floats {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     float_rows<kind, rows>(a, panel, strip, expanded, c);
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) { float_two_panels<kind>(a, panel, first, last, expanded); }
+  void run_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first, std::int64_t last) { float_two_panels<kind>(a, panels, first, last, expanded); }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 

@@ -18,7 +18,7 @@ constexpr int side_by_side(int rows) { return rows * kVectors <= kSums ? kVector
 template <int rows, int count>
 NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, bool in_order, V (&sum)[rows][count]) {
   const V even = repeat16(0xFF);
-  const Requests requests(in_order, 1024);
+  const Requests requests = Requests::of_tiles(in_order, 1024);
 #pragma GCC unroll 2
   for (int i = 0; i < 16; ++i) {
     if (fresh && first == 0) requests.ask(w, i);
@@ -74,30 +74,31 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
 }
 
 // One row, two panels in turn: their lines side by side, tile after tile.
-void int8_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit) {
+void int8_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_unit, std::int64_t last_unit) {
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
   const V even = repeat16(0xFF);
-  float* const c[2] = {a.c + panel * a.c_panel_stride, a.c + (panel + 1) * a.c_panel_stride};
+  const Requests requests = Requests::of_panels(panels.apart(a));
+  float* const c[2] = {a.c + panels[0] * a.c_panel_stride, a.c + panels[1] * a.c_panel_stride};
+  const std::int64_t apart = panels.apart(a);
   V sum[2][kVectors];  // [panel]
 #pragma GCC unroll 2
   for (int p = 0; p < 2; ++p) {
-    prefetch_scales(panel_side(a, panel + p));
+    prefetch_scales(panel_side(a, panels[p]));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sum[p][v] = first_unit == 0 ? zero() : load_bytes(reinterpret_cast<const std::byte*>(c[p] + v * kInt32s));
     }
   }
   for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+    const std::byte* w = a.panel + panels[0] * layout.panel_bytes + unit * layout.unit_bytes;
     const std::byte* x = block.low + unit * block.stride_rows * kUnitInputs * 2;
 #pragma GCC unroll 2
     for (int tile = 0; tile < 2; ++tile) {
 #pragma GCC unroll 2
       for (int i = 0; i < 16; ++i) {
         const std::byte* line = w + tile * 1024 + i * 64;
-        prefetch_line(line);
-        prefetch_line(line + layout.panel_bytes);
+        requests.ask(w + tile * 1024, i);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           int two;
@@ -105,7 +106,7 @@ void int8_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_u
           const V inputs = repeat32(two);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) {
-            const V bytes = load_bytes(line + v / kParts * layout.panel_bytes + v % kParts * kVectorBytes);
+            const V bytes = load_bytes(line + v / kParts * apart + v % kParts * kVectorBytes);
             V& to = sum[v / kParts][tile * kParts + v % kParts];
             to = add32(to, madd(half == 0 ? bit_and(bytes, even) : right8(bytes), inputs));
             settle(to);
@@ -130,9 +131,9 @@ NG_INLINE V repeat_four(const std::byte* inputs) {
 }
 
 // Adds lines [begin, end) of a group of 32 inputs up in 16 bits, of the tile at `w` and, where `count` says so, of the one
-// `apart` from it; `onto`: to what is in `narrow` already.
+// `apart` from it; `onto`: to what is in `narrow` already; `ahead`: of requests, 0: none.
 template <WeightKind kind, int group, int begin, int end, bool onto, int rows, int count>
-NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::byte* const (&x)[rows], bool fresh, V (&narrow)[rows][count]) {
+NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::byte* const (&x)[rows], std::int64_t ahead, V (&narrow)[rows][count]) {
   const V mask = ones8(15);
   // e2m1 times two plus 12, by code
   const V table = repeat128(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -152,7 +153,7 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
 #pragma GCC unroll 2
       for (int v = 0; v < count; ++v) {
         const std::byte* from = w + i * 64 + v * kVectorBytes;
-        if (fresh && v == 0) prefetch_line(from);
+        if (ahead > 0 && v == 0) prefetch_line(from, ahead);
         const V pair = load_bytes(from);
         values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
       }
@@ -175,7 +176,7 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
     for (int v = 0; v < count; ++v) {
       const std::byte* from = w + v / kParts * apart + i * 64 + v % kParts * kVectorBytes;
       // Memory wants requests spread: where two tiles are read side by side, one tile's with either group.
-      if (fresh && v % kParts == 0 && (count < kVectors || v / kParts == group)) prefetch_line(from);
+      if (ahead > 0 && v % kParts == 0 && (count < kVectors || v / kParts == group)) prefetch_line(from, ahead);
       const V pair = load_bytes(from);
       values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
       if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
@@ -205,17 +206,17 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
 
 // `count` vectors of a unit's columns, which begin at the tile `w`, over one group of 32 inputs: 32-bit sums.
 template <WeightKind kind, int group, int rows, int count>
-NG_INLINE void nibble_group(const std::byte* w, const std::byte* const (&x)[rows], bool fresh, V (&sum)[rows][count]) {
+NG_INLINE void nibble_group(const std::byte* w, const std::byte* const (&x)[rows], std::int64_t ahead, V (&sum)[rows][count]) {
   constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
   V narrow[rows][count];
-  nibble_lines<kind, group, 0, run, false>(w, kNibbleTile, x, fresh, narrow);
+  nibble_lines<kind, group, 0, run, false>(w, kNibbleTile, x, ahead, narrow);
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < count; ++v) sum[r][v] = madd(narrow[r][v], ones16());
   }
   if constexpr (run < 8) {
-    nibble_lines<kind, group, run, 8, false>(w, kNibbleTile, x, fresh, narrow);
+    nibble_lines<kind, group, run, 8, false>(w, kNibbleTile, x, ahead, narrow);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
@@ -281,7 +282,7 @@ struct TwoTiles {
 // One row: its sums stay in registers, and high and low halves meet the weights in one pass. `begin`: of WrappingSums.
 template <WeightKind kind, bool symmetric, int group>
 NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int row, std::int64_t unit, bool with_high, const TwoTiles& w,
-                             bool fresh, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
+                             std::int64_t ahead, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
   constexpr bool wraps = kind == WeightKind::mxfp4;
   const std::int64_t at = unit * block.stride_rows + row;
   V sum[kVectors];
@@ -294,7 +295,7 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
         narrow[1][v] = repeat32(begin[1][group]);
       }
     }
-    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, fresh, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, ahead, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = add32(madd(narrow[0][v], ones16()), madd(narrow[1][v], repeat16(128)));
   } else {
@@ -303,7 +304,7 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) narrow[0][v] = repeat32(begin[0][group]);
     }
-    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs}, fresh, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs}, ahead, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = madd(narrow[0][v], ones16());
   }
@@ -326,6 +327,7 @@ template <WeightKind kind, bool symmetric>
 void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[maybe_unused]] WrappingSums& wrapping, float* c) {
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
+  const std::int64_t ahead = strip.fresh ? kPrefetchAhead : 0;
   const std::uint8_t mask = strip_flags(strip, 1);
   if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, strip.first_row, strip.first_unit, strip.last_unit, mask);
   VF total[kVectors];
@@ -341,11 +343,11 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[may
     if (strip.fresh) {
       for (std::int64_t line = layout.data_bytes; line < half; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, tiles, strip.fresh, begin, total);
+    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, tiles, ahead, begin, total);
     if (strip.fresh) {
       for (std::int64_t line = half; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, tiles, strip.fresh, begin, total);
+    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, tiles, ahead, begin, total);
   }
   const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] * kNibbleScale<kind> : 1.0f);
 #pragma GCC unroll 4
@@ -354,11 +356,12 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[may
 
 // The same for two panels in turn: their tiles side by side, tile after tile.
 template <WeightKind kind, bool symmetric>
-void nibble_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first_unit, std::int64_t last_unit, [[maybe_unused]] WrappingSums& wrapping) {
+void nibble_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_unit, std::int64_t last_unit, [[maybe_unused]] WrappingSums& wrapping) {
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
   if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, 0, first_unit, last_unit, 1);
-  float* const c[2] = {a.c + panel * a.c_panel_stride, a.c + (panel + 1) * a.c_panel_stride};
+  float* const c[2] = {a.c + panels[0] * a.c_panel_stride, a.c + panels[1] * a.c_panel_stride};
+  const std::int64_t apart = panels.apart(a);
   VF total[2][kVectors];  // [tile], of the first panel and the second
   for (int tile = 0; tile < 2; ++tile) {
     for (int v = 0; v < kVectors; ++v) {
@@ -367,18 +370,18 @@ void nibble_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first
     }
   }
   for (std::int64_t unit = first_unit; unit < last_unit; ++unit) {
-    const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
+    const std::byte* w = a.panel + panels[0] * layout.panel_bytes + unit * layout.unit_bytes;
     const bool with_high = block.flags[unit] & 1;
     const std::int32_t (*begin)[2] = nullptr;
     if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - first_unit];
     for (int tile = 0; tile < 2; ++tile) {
-      const TwoTiles tiles{w + tile * kNibbleTile, layout.panel_bytes, w + layout.data_bytes, layout.panel_bytes, tile * kParts, tile * kParts};
-      add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, true, begin, total[tile]);
-      add_row_group<kind, symmetric, 1>(layout, block, 0, unit, with_high, tiles, true, begin, total[tile]);
+      const TwoTiles tiles{w + tile * kNibbleTile, apart, w + layout.data_bytes, apart, tile * kParts, tile * kParts};
+      add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, kPrefetchAheadInOrder, begin, total[tile]);
+      add_row_group<kind, symmetric, 1>(layout, block, 0, unit, with_high, tiles, kPrefetchAheadInOrder, begin, total[tile]);
     }
     for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) {
-      prefetch_line(w + line);
-      prefetch_line(w + layout.panel_bytes + line);
+      prefetch_line(w + line, kPrefetchAheadInOrder);
+      prefetch_line(w + apart + line, kPrefetchAheadInOrder);
     }
   }
   const VF scale = repeat(last_unit == layout.units ? block.scale[0] * kNibbleScale<kind> : 1.0f);
@@ -389,14 +392,14 @@ void nibble_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first
 
 // More rows: what a group adds goes to c at once, high and low halves after each other.
 template <WeightKind kind, bool symmetric, int group, int rows, int count, bool high>
-NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int first, const std::byte* x, const float* group_sum, bool fresh,
+NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int first, const std::byte* x, const float* group_sum, std::int64_t ahead,
                                 float* c) {
   constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
   const std::byte* inputs[rows];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) inputs[r] = x + r * kUnitInputs;
   V sum[rows][count];
-  nibble_group<kind, group, rows, count>(w + first / kParts * kNibbleTile, inputs, fresh, sum);
+  nibble_group<kind, group, rows, count>(w + first / kParts * kNibbleTile, inputs, ahead, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < count; ++v) {
     VF scale, minimum;
@@ -424,6 +427,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::uint8_t mask = strip_flags(strip, rows);
+  const std::int64_t ahead = strip.fresh ? kPrefetchAhead : 0;
   if (strip.first_unit == 0) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -440,11 +444,11 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
       for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
     for (int first = 0; first < kVectors; first += count) {
-      add_nibble_group<kind, symmetric, 0, rows, count, false>(layout, w, first, low, group_sum, strip.fresh, c);
-      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, strip.fresh && count == kVectors, c);
+      add_nibble_group<kind, symmetric, 0, rows, count, false>(layout, w, first, low, group_sum, ahead, c);
+      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, count == kVectors ? ahead : 0, c);
       if (block.flags[unit] & mask) {
-        add_nibble_group<kind, symmetric, 0, rows, count, true>(layout, w, first, high, nullptr, false, c);
-        add_nibble_group<kind, symmetric, 1, rows, count, true>(layout, w, first, high, nullptr, false, c);
+        add_nibble_group<kind, symmetric, 0, rows, count, true>(layout, w, first, high, nullptr, 0, c);
+        add_nibble_group<kind, symmetric, 1, rows, count, true>(layout, w, first, high, nullptr, 0, c);
       }
     }
   }
@@ -469,7 +473,7 @@ struct Int8 {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) { int8_two_panels(a, panel, first, last); }
+  void run_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first, std::int64_t last) { int8_two_panels(a, panels, first, last); }
   void finish(const GemmArgs& a, std::int64_t panel, float* c) { finish_int8(a, panel, c); }
 };
 
@@ -488,8 +492,8 @@ struct Nibbles {
       nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
     }
   }
-  void run_two_panels(const GemmArgs& a, std::int64_t panel, std::int64_t first, std::int64_t last) {
-    nibble_two_panels<kind, symmetric>(a, panel, first, last, wrapping);
+  void run_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first, std::int64_t last) {
+    nibble_two_panels<kind, symmetric>(a, panels, first, last, wrapping);
   }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };

@@ -196,21 +196,31 @@ struct WholeSearch {
             rounded_to_bf16(tried_r * step) * inverse_step - tried_r};
   }
 
-  inline __attribute__((always_inline)) void look_at(const Scale& tried, F tried_m) {
+  // Several minima in one pass: what is computed for one hides behind the others' weights.
+  template <int minima>
+  inline __attribute__((always_inline)) void look_at(const Scale& tried, const F (&tried_m)[minima]) {
     const I16Pairs half = tried.half;
     const I16Pairs scale = half + half;
-    const I16Pairs offset = half - (I16Pairs)twice16(round_to_int(tried_m * splat(static_cast<float>(kParts))));
-    // What the middle of the grid is off by once scale and minimum are bf16: tiles multiply whole numbers, others do not.
-    const F off_scale = tried.off;
-    const F off_minimum = symmetric ? splat(-8) * off_scale : rounded_to_bf16(tried_m * step) * inverse_step - tried_m;
-    const F off = (off_minimum + splat(7.5f) * off_scale) * splat(kParts);
-    I squares = round_to_int(off * off * splat(2 * kOffCost * static_cast<float>(count)));
-    for (int i = 0; i < count; ++i) {
-      const I16Pairs above = (I16Pairs)pairs[i] + offset;
-      const I16Pairs q = (I16Pairs)at_most16(high_product16(at_least_zero16((I)above), tried.inverse), twice16(I{} + 15));
-      squares += square_pairs16((I)(above - half - q * scale));
+    I16Pairs offset[minima];
+    I squares[minima];
+#pragma GCC unroll 4
+    for (int j = 0; j < minima; ++j) {
+      offset[j] = half - (I16Pairs)twice16(round_to_int(tried_m[j] * splat(static_cast<float>(kParts))));
+      // What the middle of the grid is off by once scale and minimum are bf16: tiles multiply whole numbers, others do not.
+      const F off_minimum = symmetric ? splat(-8) * tried.off : rounded_to_bf16(tried_m[j] * step) * inverse_step - tried_m[j];
+      const F off = (off_minimum + splat(7.5f) * tried.off) * splat(kParts);
+      squares[j] = round_to_int(off * off * splat(2 * kOffCost * static_cast<float>(count)));
     }
-    take(squares, tried.r, tried_m);
+    for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < minima; ++j) {
+        const I16Pairs above = (I16Pairs)pairs[i] + offset[j];
+        const I16Pairs q = (I16Pairs)at_most16(high_product16(at_least_zero16((I)above), tried.inverse), twice16(I{} + 15));
+        squares[j] += square_pairs16((I)(above - half - q * scale));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < minima; ++j) take(squares[j], tried.r, tried_m[j]);
   }
   inline __attribute__((always_inline)) void take(const WholeSearch& other) { take(other.error, other.r, other.m); }
 
@@ -243,9 +253,8 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
     const F least = whole_number(extreme * splat(1.0f / 9.0f) - splat(0.5f));
     for (int i = 0; i < 6; ++i) {
       const F r = limited(least + splat(static_cast<float>(i)), 15.0f);
-      const auto scale = best.scale_of(r);
-      best.look_at(scale, splat(-8.0f) * r);
-      best.look_at(scale, splat(-7.0f) * r);
+      const F minima[] = {splat(-8.0f) * r, splat(-7.0f) * r};
+      best.look_at(best.scale_of(r), minima);
     }
     const F scale = select(best.m == splat(-7.0f) * best.r, -best.r, best.r) * step;
     return {rounded<true>(scale, F{}), to_float(best.error) * (step * step) * splat(1.0f / (kParts * kParts))};
@@ -256,12 +265,15 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
       WholeSearch<symmetric> at_r = none;
       const F r = limited(least + splat(static_cast<float>(i)), 16.0f);
       const auto scale = at_r.scale_of(r);
-      const auto look_at = [&](F m) { at_r.look_at(scale, maximum(splat(-kWholeReach), minimum(splat(kWholeReach) - splat(15.0f) * r, m))); };
+      const auto within = [&](F m) { return maximum(splat(-kWholeReach), minimum(splat(kWholeReach) - splat(15.0f) * r, m)); };
       const F centre = whole_number(middle - splat(7.5f) * r);
-      for (int off = -6; off <= 6; off += 2) look_at(centre + splat(static_cast<float>(off)));
-      const F m = at_r.m;
-      look_at(m - splat(1.0f));
-      look_at(m + splat(1.0f));
+      const auto around = [&](float off) { return within(centre + splat(off)); };
+      const F low[] = {around(-6), around(-4), around(-2)};
+      at_r.look_at(scale, low);
+      const F high[] = {around(0), around(2), around(4), around(6)};
+      at_r.look_at(scale, high);
+      const F beside[] = {within(at_r.m - splat(1.0f)), within(at_r.m + splat(1.0f))};
+      at_r.look_at(scale, beside);
       best.take(at_r);
     }
     return {rounded<false>(best.r * step, best.m * step), to_float(best.error) * (step * step) * splat(1.0f / (kParts * kParts))};

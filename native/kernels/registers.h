@@ -16,19 +16,25 @@ namespace numagraft {
 namespace {
 
 // Lines are asked for this many bytes before they are read; docs/kernels.md ("Distance") says what others give. Whole pages ahead
-// are the worst.
+// are the worst. Where lines are read in order the CPU asks for most of them itself: docs/kernels-zen.md.
 constexpr std::int64_t kPrefetchAhead = 6656;
-NG_INLINE void prefetch_line(const std::byte* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchAhead), _MM_HINT_T1);
+constexpr std::int64_t kPrefetchAheadInOrder = 1024;
+NG_INLINE void prefetch_line(const std::byte* p, std::int64_t ahead = kPrefetchAhead) {
+  _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T1);
 }
-// Which two lines to ask for at each step over two tiles that lie side by side: the next two of both, or one of each.
+// Which two lines to ask for at each step over two streams: one of each, or, in order, the next two of a unit whose tiles are the
+// streams.
 struct Requests {
   std::int64_t step;
-  std::int64_t apart;
-  NG_INLINE_MEMBER Requests(bool in_order, std::int64_t tile_bytes) : step(in_order ? 128 : 64), apart(in_order ? 64 : tile_bytes) {}
-  NG_INLINE_MEMBER void ask(const std::byte* tiles, int i) const {
-    prefetch_line(tiles + i * step);
-    prefetch_line(tiles + i * step + apart);
+  std::int64_t second;
+  std::int64_t ahead;
+  NG_INLINE_MEMBER static Requests of_tiles(bool in_order, std::int64_t tile_bytes) {
+    return in_order ? Requests{128, 64, kPrefetchAheadInOrder} : Requests{64, tile_bytes, kPrefetchAhead};
+  }
+  NG_INLINE_MEMBER static Requests of_panels(std::int64_t apart) { return {64, apart, kPrefetchAheadInOrder}; }
+  NG_INLINE_MEMBER void ask(const std::byte* lines, int i) const {
+    prefetch_line(lines + i * step, ahead);
+    prefetch_line(lines + i * step + second, ahead);
   }
 };
 // The scales of 32 columns in one row of the side table.

@@ -24,6 +24,13 @@ struct Strip {
   bool alone;  // no other strip meets them
 };
 
+// Two panels that one row reads side by side.
+struct TwoPanels {
+  std::int64_t panel[2];
+  std::int64_t operator[](int i) const { return panel[i]; }
+  std::int64_t apart(const GemmArgs& a) const { return (panel[1] - panel[0]) * a.layout->panel_bytes; }
+};
+
 // Those flags of a unit that say that one of the strip's rows has a high half.
 NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
   std::uint8_t tiles = 0;
@@ -45,23 +52,26 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
 // run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
-// run_two_panels(args, panel, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order: a
+// run_two_panels(args, panels, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order: a
 // chunk is then asked for while the one before it is multiplied.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
   std::int64_t done = 0;
-  if constexpr (requires { kernel.run_two_panels(a, done, done, done); }) {
+  if constexpr (requires { kernel.run_two_panels(a, TwoPanels{}, done, done); }) {
     if (a.in_order && a.block_count == 1 && a.blocks[0].rows == 1) {
       const std::int64_t chunk = Kernel::single_strip_units > 0 ? Kernel::single_strip_units : a.last_unit - a.first_unit;
-      for (; done + 2 <= a.panels; done += 2) {
+      // One half of the panels beside the other: both streams go on from panel to panel.
+      const std::int64_t half = a.panels / 2;
+      for (std::int64_t panel = 0; panel < half; ++panel) {
+        const TwoPanels two = TwoPanels{{panel, panel + half}};
         for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
-          kernel.run_two_panels(a, done, first, first + chunk < a.last_unit ? first + chunk : a.last_unit);
+          kernel.run_two_panels(a, two, first, first + chunk < a.last_unit ? first + chunk : a.last_unit);
         }
         if (a.last_unit < a.layout->units) continue;
-        kernel.finish(a, done, a.c + done * a.c_panel_stride);
-        kernel.finish(a, done + 1, a.c + (done + 1) * a.c_panel_stride);
+        for (std::int64_t of : two.panel) kernel.finish(a, of, a.c + of * a.c_panel_stride);
       }
+      done = 2 * half;
     }
   }
   int all_strips = 0;

@@ -6,8 +6,10 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <optional>
 
 #include "ops/chunk_queue.h"
+#include "ops/guided_split.h"
 #include "system/error.h"
 
 namespace numagraft {
@@ -16,6 +18,7 @@ namespace {
 constexpr std::int64_t kSelfPreparedTokens = 2;   // up to here every worker prepares all tokens itself: cheaper than a barrier
 constexpr std::int64_t kSplitReplicaTokens = 64;  // from here replicas split the tokens instead of the columns
 constexpr std::int64_t kFewRows = 4;              // experts with no more rows wait for memory: work is split by bytes
+constexpr std::int64_t kGuidedTokens = 64;        // up to here workers take down's panels as they come: more would read all inner rows per piece
 constexpr std::int64_t kItemsPerWorker = 6;       // of the dynamic split
 constexpr std::int64_t kChunksPerWorker = 4;      // of the other stages, where nodes take from each other
 constexpr std::int64_t kGatheredBytes = 1 << 20;  // prepared rows that stay in L2 while a worker goes over the panels
@@ -95,6 +98,8 @@ struct ExpertsWeights::Work {
   std::shared_ptr<Runtime::SharedScratch> partial_lease;
   std::vector<std::pair<std::size_t, Range>> items;  // expert of the routing, pairs of panels
   std::atomic<std::size_t> next_item{0};
+  std::optional<GuidedSplit> pairs;                  // without items: of all experts, one after the other
+  std::optional<GuidedSplit> down_panels;            // of few tokens
   int workers = 0;                                   // of its team
   std::shared_ptr<Runtime::SharedScratch> inputs;    // prepared tokens of the slab, where nodes take from each other
 };
@@ -212,9 +217,11 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
           work.inputs = runtime_->shared_scratch(rows.bytes(), node, lease);
           rows.clear_flags(work.inputs->data, work.tokens.begin, work.tokens.end);
         }
-        if ((work.routing->most_rows > kFewRows || call.in_chunks) && !work.routing->experts.empty()) {
-          const std::int64_t pairs = place.frame / kPanelColumns;
-          const auto active = static_cast<std::int64_t>(work.routing->experts.size());
+        const std::int64_t pairs = place.frame / kPanelColumns;
+        const auto active = static_cast<std::int64_t>(work.routing->experts.size());
+        if (work.routing->most_rows <= kFewRows) work.pairs.emplace(active * pairs, work.workers);
+        if (tokens <= kGuidedTokens) work.down_panels.emplace(place.down.layout.panels, work.workers, kernels_->in_order ? 2 : 1);
+        if ((work.routing->most_rows > kFewRows || call.in_chunks) && active > 0) {
           const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * work.workers + active - 1) / active, 1, pairs);
           for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {
             for (std::int64_t piece = 0; piece < pieces; ++piece) {
@@ -308,7 +315,11 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       meet();
       for (const Seat& seat : seats) prepare_inner(call, *seat.work, share(seat.work->routing->pairs(), seat.rank, seat.size));
       meet();
-      for (Seat& seat : seats) multiply_down(call, seat, share(down_panels(seat), seat.rank, seat.size), reader);
+      for (Seat& seat : seats) {
+        const auto multiply = [&](Range panels) { multiply_down(call, seat, panels, reader); };
+        auto& few = seat.work->down_panels;
+        few ? few->each(seat.rank, multiply) : multiply(share(down_panels(seat), seat.rank, seat.size));
+      }
       if (shards.size() > 1) {
         barriers.all(worker);
         add_shards(call, worker);
@@ -376,14 +387,14 @@ void ExpertsWeights::gate_and_up(const Call& call, Seat& seat, Reader& reader) c
     }
   }
   const std::int64_t pairs = places_[static_cast<std::size_t>(seat.role.part)].frame / kPanelColumns;
-  const auto experts = static_cast<std::int64_t>(work.routing->experts.size());
-  const Range mine = share(experts * pairs, seat.rank, seat.size);
-  for (std::int64_t at = mine.begin; at < mine.end;) {
-    const std::int64_t expert = at / pairs;
-    const std::int64_t end = std::min(mine.end, (expert + 1) * pairs);
-    gate_and_up_of(call, seat, static_cast<std::size_t>(expert), Range{at - expert * pairs, end - expert * pairs}, reader);
-    at = end;
-  }
+  work.pairs->each(seat.rank, [&](Range mine) {
+    for (std::int64_t at = mine.begin; at < mine.end;) {
+      const std::int64_t expert = at / pairs;
+      const std::int64_t end = std::min(mine.end, (expert + 1) * pairs);
+      gate_and_up_of(call, seat, static_cast<std::size_t>(expert), Range{at - expert * pairs, end - expert * pairs}, reader);
+      at = end;
+    }
+  });
 }
 
 void ExpertsWeights::gate_and_up_of(const Call& call, Seat& seat, std::size_t expert, Range pairs, Reader& reader) const {

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <deque>
 
 #include "ops/chunk_queue.h"
+#include "ops/guided_split.h"
 #include "system/error.h"
 
 namespace numagraft {
@@ -24,8 +26,10 @@ constexpr float kWholeRerounding = 0.0050f;      // whole grids of int4: 0.0045
 // Of normal rows few have a largest input that uses all they are allowed: of 4096 inputs 3.8 times their deviation in the mean,
 // allowed 4.17 times. Each may take more than all of them together.
 constexpr float kRarely = 1.07f;
-constexpr std::int64_t kManyRows = 64;           // from here several panels' results are stored together: rows lie far apart
+constexpr std::int64_t kFewRows = 32;            // beyond, several panels' results are stored together: rows lie far apart
 constexpr std::int64_t kPanelsTogether = 4;
+constexpr std::int64_t kPanelsOfOneRow = 64;     // read as two halves side by side, see row_strips.h
+constexpr std::int64_t kLeastPieceBytes = 32 << 10;  // of weights that a worker takes when it is done with its own
 constexpr std::int64_t kSlabBytes = 64 << 20;    // prepared rows of one slab of a call
 constexpr std::int64_t kChunksPerWorker = 4;     // of a queue: what the last to finish keep the others waiting is a quarter of it
 
@@ -122,18 +126,40 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
         all.clear_flags(block->data, 0, all.blocks());
       }
     }
+    // By shard, and by replica where these divide the rows.
+    std::vector<std::deque<GuidedSplit>> splits(call.split_rows ? 0 : teams_.shards().size());
+    for (int node : roster.nodes()) {
+      for (const Role& role : roster.roles_of_first(node)) {
+        if (call.split_rows) continue;
+        auto& of_shard = splits[static_cast<std::size_t>(role.shard)];
+        if (static_cast<int>(of_shard.size()) > (call.split_replicas ? role.replica : 0)) continue;
+        const Layout& layout = places_[static_cast<std::size_t>(role.part)].layout;
+        const std::int64_t step = (kLeastPieceBytes + layout.panel_bytes - 1) / layout.panel_bytes;
+        of_shard.emplace_back(layout.panels, call.split_replicas ? role.replica_size : role.size, kernels_->in_order ? (step + 1) / 2 * 2 : step);
+      }
+    }
     const auto work = [&](const Worker& worker, Barriers& barriers) {
       Reader reader = reader_of(worker);
       const std::vector<Role> roles = roster.roles(worker);
-      std::byte* prepared = shared ? blocks[static_cast<std::size_t>(worker.node)]->data : nullptr;
+      const std::size_t row_bytes = static_cast<std::size_t>(in_features_) * sizeof(float) + 64;
+      const std::size_t own_bytes = shared ? 0 : (all.bytes() + 63) / 64 * 64;
+      const std::size_t c_bytes = sums_bytes(call, all.blocks());
+      std::byte* const scratch = runtime_->scratch(worker, c_bytes + own_bytes + row_bytes);
+      std::byte* const prepared = shared ? blocks[static_cast<std::size_t>(worker.node)]->data : scratch + c_bytes;
+      Range rows = shared && roles.size() == 1 ? call.replica_rows(roles[0]) : Range{0, call.rows};
       if (shared) {
-        std::byte* row = runtime_->scratch(worker, static_cast<std::size_t>(in_features_) * sizeof(float) + 64);
-        const Range rows = roles.size() == 1 ? call.replica_rows(roles[0]) : Range{0, call.rows};
         const Range mine = share(rows.end - rows.begin, worker.rank_in_node, worker.workers_in_node);
-        prepare_rows(call, {rows.begin + mine.begin, rows.begin + mine.end}, prepared, row);
-        barriers.node(worker);
+        rows = {rows.begin + mine.begin, rows.begin + mine.end};
+      } else {
+        all.clear_flags(prepared, 0, all.blocks());
       }
-      for (const Role& role : roles) multiply(call, worker, role, prepared, reader);
+      prepare_rows(call, rows, prepared, scratch + c_bytes + own_bytes);
+      if (shared) barriers.node(worker);
+      for (const Role& role : roles) {
+        const auto replica = static_cast<std::size_t>(call.split_replicas ? role.replica : 0);
+        GuidedSplit* split = call.split_rows ? nullptr : &splits[static_cast<std::size_t>(role.shard)][replica];
+        multiply(call, role, split, prepared, reinterpret_cast<float*>(scratch), reader);
+      }
     };
     lease != nullptr ? runtime_->run(*lease, work, Pinning::watched) : runtime_->run(roster.nodes(), work, Pinning::watched);
   }
@@ -192,7 +218,8 @@ void LinearWeights::compute_in_chunks(const Call& call, const Roster& roster, co
       const std::int64_t group = chunk.index / of.pieces;
       const std::int64_t piece = chunk.index % of.pieces;
       const Range blocks{own.begin + count * group / of.groups, own.begin + count * (group + 1) / of.groups};
-      multiply_blocks(call, worker, role.part, blocks, {panels * piece / of.pieces, panels * (piece + 1) / of.pieces}, of.prepared->data, reader);
+      auto* c = reinterpret_cast<float*>(runtime_->scratch(worker, sums_bytes(call, blocks.end - blocks.begin)));
+      multiply_blocks(call, role.part, blocks, {panels * piece / of.pieces, panels * (piece + 1) / of.pieces}, of.prepared->data, c, reader);
     });
   }, Pinning::watched);
 }
@@ -224,46 +251,44 @@ std::int64_t LinearWeights::blocks_together() const {
   return std::max<std::int64_t>(kPreparedBytes / block_bytes, 2);
 }
 
-void LinearWeights::multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader) {
+// Panels whose results are stored together, of a call with so many rows.
+std::int64_t LinearWeights::panels_together(std::int64_t rows) const {
+  if (rows == 1 && kernels_->in_order) return kPanelsOfOneRow;
+  return rows > kFewRows || kernels_->in_order ? kPanelsTogether : 1;
+}
+
+// Results of a pass over up to so many blocks.
+std::size_t LinearWeights::sums_bytes(const Call& call, std::int64_t blocks) const {
+  return static_cast<std::size_t>(panels_together(call.rows) * std::min(blocks_together(), blocks) * kBlockRows * kPanelColumns) * sizeof(float);
+}
+
+// `split`: of the panels; null where workers split the rows.
+void LinearWeights::multiply(const Call& call, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader) {
   const Range rows = call.replica_rows(role);
   const bool own_rows = call.split_replicas && role.replicas > 1;
   const int rank = own_rows ? role.replica_rank : role.rank;
   const int size = own_rows ? role.replica_size : role.size;
-  Range blocks{rows.begin / kBlockRows, (rows.end + kBlockRows - 1) / kBlockRows};
-  Range panels{0, places_[static_cast<std::size_t>(role.part)].layout.panels};
-  if (call.split_rows) {
-    const Range mine = share(blocks.end - blocks.begin, rank, size);
-    blocks = {blocks.begin + mine.begin, blocks.begin + mine.end};
-  } else {
-    panels = share(panels.end, rank, size);
+  const Range blocks{rows.begin / kBlockRows, (rows.end + kBlockRows - 1) / kBlockRows};
+  if (blocks.begin >= blocks.end) return;
+  if (split != nullptr) {
+    split->each(rank, [&](Range panels) { multiply_blocks(call, role.part, blocks, panels, prepared, c, reader); });
+    return;
   }
-  if (blocks.begin < blocks.end && panels.begin < panels.end) multiply_blocks(call, worker, role.part, blocks, panels, prepared, reader);
+  const Range mine = share(blocks.end - blocks.begin, rank, size);
+  const std::int64_t panels = places_[static_cast<std::size_t>(role.part)].layout.panels;
+  if (mine.begin < mine.end && panels > 0) {
+    multiply_blocks(call, role.part, {blocks.begin + mine.begin, blocks.begin + mine.end}, {0, panels}, prepared, c, reader);
+  }
 }
 
-// `prepared` null: this worker prepares the rows, for itself alone.
-void LinearWeights::multiply_blocks(const Call& call, const Worker& worker, int part_index, Range blocks, Range panels, std::byte* prepared,
-                                    Reader& reader) {
+// `c`: sums_bytes() of the blocks.
+void LinearWeights::multiply_blocks(const Call& call, int part_index, Range blocks, Range panels, std::byte* prepared, float* c, Reader& reader) {
   const RowSet all(*kernels_, format_.kind, in_features_, call.rows);
   const PackedMatrix weights = matrix(part_index);
   const std::int64_t together = blocks_together();
   const std::int64_t most_rows = std::min(together, blocks.end - blocks.begin) * kBlockRows;
-  const std::size_t own_bytes = prepared == nullptr ? (all.bytes() + 63) / 64 * 64 : 0;
-  const std::size_t row_bytes = prepared == nullptr ? static_cast<std::size_t>(in_features_) * sizeof(float) + 64 : 0;
   const std::int64_t panel_stride = most_rows * kPanelColumns;
-  const std::int64_t step = most_rows >= kManyRows || kernels_->in_order ? kPanelsTogether : 1;
-  const auto c_bytes = static_cast<std::size_t>(step * panel_stride) * sizeof(float);
-  std::byte* scratch = runtime_->scratch(worker, c_bytes + own_bytes + row_bytes);
-  auto* c = reinterpret_cast<float*>(scratch);
-  if (prepared == nullptr) {
-    prepared = scratch + c_bytes;
-    all.clear_flags(prepared, 0, all.blocks());
-    for (std::int64_t row = 0; row < call.rows; ++row) {
-      DType dtype;
-      const void* x = contiguous_row(call.x, call.first + row, prepared + own_bytes, dtype);
-      all.prepare(prepared, row, x, dtype, call.errors.any, call.errors.normal);
-    }
-  }
-
+  const std::int64_t step = panels_together(call.rows);
   const Part& part = parts_[static_cast<std::size_t>(part_index)];
   std::vector<RowBlock> views(static_cast<std::size_t>(together));
   for (std::int64_t first = blocks.begin; first < blocks.end; first += together) {

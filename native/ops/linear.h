@@ -18,6 +18,8 @@
 
 namespace numagraft {
 
+class GuidedSplit;
+
 // y = x W^T + b with W [out, in] packed in node memory. Loading is serial (one thread at a time); forward may be called
 // from many threads once nothing is missing.
 class LinearWeights {
@@ -60,8 +62,10 @@ class LinearWeights {
   void prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const;
   void measure_rerounding();
   std::int64_t blocks_together() const;
-  void multiply(const Call& call, const Worker& worker, const Role& role, std::byte* prepared, Reader& reader);
-  void multiply_blocks(const Call& call, const Worker& worker, int part, Range blocks, Range panels, std::byte* prepared, Reader& reader);
+  std::int64_t panels_together(std::int64_t rows) const;
+  std::size_t sums_bytes(const Call& call, std::int64_t blocks) const;
+  void multiply(const Call& call, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader);
+  void multiply_blocks(const Call& call, int part, Range blocks, Range panels, std::byte* prepared, float* c, Reader& reader);
 
   std::shared_ptr<Runtime> runtime_;
   const KernelTable* kernels_;
