@@ -40,7 +40,8 @@ struct Search {
   Grid grid;
 
   // Tries a grid, and the one that fits the integers it gives best (least squares). That one's error follows from sums over
-  // the group, without another pass over it.
+  // the group, without another pass over it. `both`: the first may be chosen as well.
+  template <bool both = true>
   inline __attribute__((always_inline)) void look_at(const Grid& tried) {
     const F inverse = reciprocal_or_zero(tried.scale);
     const F offset = -tried.minimum * inverse;
@@ -52,13 +53,15 @@ struct Search {
       const F w = at(staged, k, slice);
       F q = minimum(maximum(w * inverse + offset, F{}), splat(15.0f));
       q = whole_number(q);
-      const F d = w - (tried.scale * q + tried.minimum);
-      squares += d * d;
+      if constexpr (both) {
+        const F d = w - (tried.scale * q + tried.minimum);
+        squares += d * d;
+      }
       sq += q;
       sqq += q * q;
       swq += w * q;
     }
-    keep(squares, tried);
+    if constexpr (both) keep(squares, tried);
 
     const F n = splat(static_cast<float>(inputs));
     const F mean = sq / n;
@@ -122,7 +125,7 @@ Found search(const float* staged, int slice, int inputs, const Summary& group) {
     for (int i = 0; thorough && i < 2; ++i) best.look_at(rounded<true>(best.grid.scale * splat(neighbours[i]), F{}));
   } else {
     const auto around = [](F centre, F scale) { return rounded<false>(scale, centre - scale * splat(7.5f)); };
-    const auto look_at = [&](float span) { best.look_at(around(middle, (group.high - group.low) * splat(span / 15.0f))); };
+    const auto look_at = [&](float span) { best.template look_at<thorough>(around(middle, (group.high - group.low) * splat(span / 15.0f))); };
     constexpr float spans[] = {1.0f, 0.9f, 0.8f};
     constexpr float few_spans[] = {0.95f, 0.85f};
     for (float span : few_spans) {
@@ -150,19 +153,19 @@ constexpr float kOffCost = 3;
 constexpr float kWholeReach = 126.0f;  // of m and 15 r + m, in magnitude: as bf16 they may lie up to 1.4 beyond, and 127.5 would be too much
 
 #if defined(__AVX512BW__)
-NUMAGRAFT_INLINE I high_product16(I a, I b) { return (I)_mm512_mulhi_epi16((__m512i)a, (__m512i)b); }
+NUMAGRAFT_INLINE I rounded_product16(I a, I b) { return (I)_mm512_mulhrs_epi16((__m512i)a, (__m512i)b); }  // a b / 2^15
 NUMAGRAFT_INLINE I at_least_zero16(I x) { return (I)_mm512_max_epi16((__m512i)x, __m512i{}); }
 NUMAGRAFT_INLINE I at_most16(I x, I most) { return (I)_mm512_min_epi16((__m512i)x, (__m512i)most); }
 NUMAGRAFT_INLINE I square_pairs16(I x) { return (I)_mm512_madd_epi16((__m512i)x, (__m512i)x); }
 #elif defined(__AVX2__)
-NUMAGRAFT_INLINE I high_product16(I a, I b) { return (I)_mm256_mulhi_epi16((__m256i)a, (__m256i)b); }
+NUMAGRAFT_INLINE I rounded_product16(I a, I b) { return (I)_mm256_mulhrs_epi16((__m256i)a, (__m256i)b); }
 NUMAGRAFT_INLINE I at_least_zero16(I x) { return (I)_mm256_max_epi16((__m256i)x, __m256i{}); }
 NUMAGRAFT_INLINE I at_most16(I x, I most) { return (I)_mm256_min_epi16((__m256i)x, (__m256i)most); }
 NUMAGRAFT_INLINE I square_pairs16(I x) { return (I)_mm256_madd_epi16((__m256i)x, (__m256i)x); }
 #else
 NUMAGRAFT_INLINE I lower16(I x) { return (x << 16) >> 16; }
 NUMAGRAFT_INLINE I pair16(I lower, I upper) { return (lower & 0xFFFF) | (upper << 16); }
-NUMAGRAFT_INLINE I high_product16(I a, I b) { return pair16((lower16(a) * lower16(b)) >> 16, ((a >> 16) * (b >> 16)) >> 16); }
+NUMAGRAFT_INLINE I rounded_product16(I a, I b) { return pair16((lower16(a) * lower16(b) + 0x4000) >> 15, ((a >> 16) * (b >> 16) + 0x4000) >> 15); }
 NUMAGRAFT_INLINE I at_least_zero16(I x) { return pair16(lower16(x) & (lower16(x) > 0), (x >> 16) & (x > 0xFFFF)); }
 NUMAGRAFT_INLINE I at_most16(I x, I most) {
   const I lower = lower16(x) < lower16(most);
@@ -187,36 +190,34 @@ struct WholeSearch {
   // What all grids of one scale share.
   struct Scale {
     F r;
-    I16Pairs half;
-    I inverse;
-    F off;  // once it is bf16
+    I16Pairs parts;
+    I inverse;  // 2^15 / parts
+    F off;      // once it is bf16
   };
   inline __attribute__((always_inline)) Scale scale_of(F tried_r) const {
-    return {tried_r, (I16Pairs)twice16(round_to_int(tried_r * splat(kParts / 2.0f))), twice16(round_to_int(splat(65536.0f / kParts) / tried_r)),
-            rounded_to_bf16(tried_r * step) * inverse_step - tried_r};
+    return {tried_r, (I16Pairs)twice16(round_to_int(tried_r * splat(kParts))), twice16(round_to_int(splat(32768.0f / kParts) / tried_r)),
+            finite_rounded_to_bf16(tried_r * step) * inverse_step - tried_r};
   }
 
   // Several minima in one pass: what is computed for one hides behind the others' weights.
   template <int minima>
   inline __attribute__((always_inline)) void look_at(const Scale& tried, const F (&tried_m)[minima]) {
-    const I16Pairs half = tried.half;
-    const I16Pairs scale = half + half;
-    I16Pairs offset[minima];
+    I16Pairs least[minima];
     I squares[minima];
 #pragma GCC unroll 4
     for (int j = 0; j < minima; ++j) {
-      offset[j] = half - (I16Pairs)twice16(round_to_int(tried_m[j] * splat(static_cast<float>(kParts))));
+      least[j] = (I16Pairs)twice16(round_to_int(tried_m[j] * splat(kParts)));
       // What the middle of the grid is off by once scale and minimum are bf16: tiles multiply whole numbers, others do not.
-      const F off_minimum = symmetric ? splat(-8) * tried.off : rounded_to_bf16(tried_m[j] * step) * inverse_step - tried_m[j];
+      const F off_minimum = symmetric ? splat(-8) * tried.off : finite_rounded_to_bf16(tried_m[j] * step) * inverse_step - tried_m[j];
       const F off = (off_minimum + splat(7.5f) * tried.off) * splat(kParts);
       squares[j] = round_to_int(off * off * splat(2 * kOffCost * static_cast<float>(count)));
     }
     for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 4
       for (int j = 0; j < minima; ++j) {
-        const I16Pairs above = (I16Pairs)pairs[i] + offset[j];
-        const I16Pairs q = (I16Pairs)at_most16(high_product16(at_least_zero16((I)above), tried.inverse), twice16(I{} + 15));
-        squares[j] += square_pairs16((I)(above - half - q * scale));
+        const I16Pairs above = (I16Pairs)pairs[i] - least[j];
+        const I16Pairs q = (I16Pairs)at_most16(rounded_product16(at_least_zero16((I)above), tried.inverse), twice16(I{} + 15));
+        squares[j] += square_pairs16((I)(above - q * tried.parts));
       }
     }
 #pragma GCC unroll 4
@@ -268,14 +269,15 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
       const auto within = [&](F m) { return maximum(splat(-kWholeReach), minimum(splat(kWholeReach) - splat(15.0f) * r, m)); };
       const F centre = whole_number(middle - splat(7.5f) * r);
       const auto around = [&](float off) { return within(centre + splat(off)); };
-      const F low[] = {around(-6), around(-4), around(-2)};
-      at_r.look_at(scale, low);
-      const F high[] = {around(0), around(2), around(4), around(6)};
-      at_r.look_at(scale, high);
-      const F beside[] = {within(at_r.m - splat(1.0f)), within(at_r.m + splat(1.0f))};
-      at_r.look_at(scale, beside);
+      const F wide[] = {around(-4), around(0), around(4)};
+      at_r.look_at(scale, wide);
+      const F near[] = {within(at_r.m - splat(2.0f)), within(at_r.m + splat(2.0f))};
+      at_r.look_at(scale, near);
       best.take(at_r);
     }
+    const F most = splat(kWholeReach) - splat(15.0f) * best.r;
+    const F beside[] = {maximum(splat(-kWholeReach), best.m - splat(1.0f)), minimum(most, best.m + splat(1.0f))};
+    best.look_at(best.scale_of(best.r), beside);
     return {rounded<false>(best.r * step, best.m * step), to_float(best.error) * (step * step) * splat(1.0f / (kParts * kParts))};
   }
 }

@@ -214,6 +214,7 @@ NUMAGRAFT_INLINE F rounded_to_bf16(F x) {
   const U nan = (U)((I)(bits & 0x7FFFFFFF) > 0x7F800000);
   return (F)(((nan & (bits | 0x400000)) | (~nan & rounded)) & 0xFFFF0000);
 }
+NUMAGRAFT_INLINE F finite_rounded_to_bf16(F x) { return (F)(((U)x + 0x7FFF + (((U)x >> 16) & 1)) & 0xFFFF0000); }
 NUMAGRAFT_INLINE I clamp(I q, std::int32_t low, std::int32_t high) {
   const I below = q < low;
   q = (below & low) | (~below & q);

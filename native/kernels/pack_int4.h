@@ -90,20 +90,24 @@ void pack_int4(const PackArgs& a, const float* staged) {
         const bool packed = unit >= 0 && unit < layout.units;
         auto* scales = reinterpret_cast<std::uint16_t*>(a.panel + unit * layout.unit_bytes + layout.data_bytes) + slice * kLanes;
         I nibbles[kUnitInputs];
-        for (int k = 0; k < kUnitInputs; ++k) {
-          const int input = u * kUnitInputs + k;
-          const Grid& grid = span.grids[slice][input / layout.group];
-          if (packed && k % 32 == 0 && (k == 0 || layout.unit_groups == 2)) {
-            store(scales + k / 32 * kPanelColumns, to_bf16(grid.scale));
-            if (!symmetric) store(scales + (layout.unit_groups + k / 32) * kPanelColumns, to_bf16(grid.minimum));
+        for (int half = 0; half < 2; ++half) {
+          const int begin = u * kUnitInputs + half * 32;
+          const Grid grid = span.grids[slice][begin / layout.group];
+          if (packed && half < layout.unit_groups) {
+            store(scales + half * kPanelColumns, to_bf16(grid.scale));
+            if (!symmetric) store(scales + (layout.unit_groups + half) * kPanelColumns, to_bf16(grid.minimum));
           }
           const F inverse = reciprocal_or_zero(grid.scale);
-          const F w = at(span_inputs, input, slice);
-          nibbles[k] = round_to_int(minimum(maximum((w - grid.minimum) * inverse, F{}), splat(15.0f)));
-          if (input >= inputs) continue;
-          const F value = grid.scale * to_float(nibbles[k]) + grid.minimum;
-          largest = maximum(magnitude(value), largest);
-          if (packed) power += value * value;
+          F squares = {};
+          for (int k = 0; k < 32; ++k) {
+            const F w = at(span_inputs, begin + k, slice);
+            const I q = nibbles[half * 32 + k] = round_to_int(minimum(maximum((w - grid.minimum) * inverse, F{}), splat(15.0f)));
+            if (begin + k >= inputs) continue;
+            const F value = grid.scale * to_float(q) + grid.minimum;
+            largest = maximum(magnitude(value), largest);
+            squares += value * value;
+          }
+          if (packed) power += squares;
         }
         if (packed) store_nibbles(a, unit, slice, nibbles);
       }
