@@ -8,16 +8,38 @@
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
 
+constexpr std::int64_t kStagedUnits = 8;  // 64 KiB as fp32: a panel of many inputs would not stay in L2
+
+// Calls body(first unit, units) with so many staged.
+template <class Body>
+void each_staged(const PackArgs& a, float* staged, const Body& body) {
+  for (std::int64_t first = 0; first < a.layout->units; first += kStagedUnits) {
+    const std::int64_t left = a.layout->units - first;
+    Layout layout = *a.layout;
+    layout.units = left < kStagedUnits ? left : kStagedUnits;
+    layout.k = left <= kStagedUnits ? a.layout->k - first * kUnitInputs : layout.units * kUnitInputs;
+    PackArgs part = a;
+    part.layout = &layout;
+    part.first_input += first * kUnitInputs;
+    gather_any(part, staged);
+    body(first, layout.units);
+  }
+}
+
 // ---- bf16
 
-void pack_bf16(const PackArgs& a, const float* staged) {
-  for (std::int64_t k = 0; k < a.layout->units * kUnitInputs; k += kUnitInputs / 2) {
-    for (int slice = 0; slice < kSlices; ++slice) {
-      std::byte* to = a.panel + k * kPanelColumns * 2 + slice_offset(slice, 1024, 4);
+void pack_bf16(const PackArgs& a, const float* staged, std::int64_t first_unit, std::int64_t units) {
+  for (std::int64_t k = 0; k < units * kUnitInputs; k += kUnitInputs / 2) {
+    for (int first = 0; first < kSlices; first += kLineSlices) {
+      std::byte* to = a.panel + (first_unit * kUnitInputs + k) * kPanelColumns * 2 + slice_offset(first, 1024, 4);
       for (int row = 0; row < 16; ++row, to += 64) {
-        const U even = __builtin_convertvector(to_bf16(at(staged, k + 2 * row, slice)), U);
-        const U odd = __builtin_convertvector(to_bf16(at(staged, k + 2 * row + 1, slice)), U);
-        store(to, even | (odd << 16));
+        I line[kLineSlices];
+        for (int i = 0; i < kLineSlices; ++i) {
+          const U even = __builtin_convertvector(to_bf16(at(staged, k + 2 * row, first + i)), U);
+          const U odd = __builtin_convertvector(to_bf16(at(staged, k + 2 * row + 1, first + i)), U);
+          line[i] = (I)(even | (odd << 16));
+        }
+        store_line(to, line);
       }
     }
   }
@@ -27,35 +49,68 @@ void pack_bf16(const PackArgs& a, const float* staged) {
 
 // Largest magnitude of each column over all inputs of the source, also those of other shards: every placement then has
 // the same scales.
-void widen_range(const Layout& layout, const float* staged, F (&largest)[kSlices]) {
-  for (std::int64_t k = 0; k < layout.k; ++k) {
-    for (int slice = 0; slice < kSlices; ++slice) largest[slice] = maximum(magnitude(at(staged, k, slice)), largest[slice]);
+void widen_range(const PackArgs& a, float* staged, F (&largest)[kSlices]) {
+  each_staged(a, staged, [&](std::int64_t, std::int64_t units) {
+    for (std::int64_t k = 0; k < units * kUnitInputs; ++k) {
+      for (int slice = 0; slice < kSlices; ++slice) largest[slice] = maximum(magnitude(at(staged, k, slice)), largest[slice]);
+    }
+  });
+}
+
+// The same of whole rows that lie together.
+template <DType dtype>
+void range_of_rows(const PackArgs& a, F (&largest)[kSlices]) {
+  const MatrixView& source = *a.source;
+  for (int column = 0; column < kPanelColumns; ++column) {
+    const std::int64_t row = a.first_row + column;
+    if (!present_row(a, row)) continue;
+    const std::int64_t offset = row * source.row_stride;
+    F range[4] = {};
+    std::int64_t k = 0;
+    for (; k + 4 * kLanes <= source.columns; k += 4 * kLanes) {
+      for (int i = 0; i < 4; ++i) range[i] = maximum(magnitude(load_as_float(source.data, dtype, offset + k + i * kLanes)), range[i]);
+    }
+    for (; k < source.columns; ++k) range[0] = maximum(magnitude(splat(scalar_as_float(source.data, dtype, offset + k))), range[0]);
+    for (int i = 1; i < 4; ++i) range[0] = maximum(range[i], range[0]);
+    float most = 0;
+    for (int lane = 0; lane < kLanes; ++lane) most = range[0][lane] > most ? range[0][lane] : most;
+    largest[column / kLanes][column % kLanes] = most;
   }
 }
 
-void pack_int8(const PackArgs& a, const float* staged, const F (&range)[kSlices]) {
-  for (int slice = 0; slice < kSlices; ++slice) {
-    const F largest = range[slice];
-    const F scale = largest * splat(1.0f / 127.0f);
-    const F inverse = reciprocal_or_zero(scale);
-    store(a.side + slice * kLanes, scale);
-    for (std::int64_t unit = 0; unit < a.layout->units; ++unit) {
-      std::byte* to = a.panel + unit * a.layout->unit_bytes + slice_offset(slice, 1024, 4);
+void find_range(const PackArgs& a, float* staged, F (&largest)[kSlices]) {
+  if (a.source->column_stride == 1 && a.source->dtype == DType::bf16) return range_of_rows<DType::bf16>(a, largest);
+  if (a.source->column_stride == 1 && a.source->dtype == DType::f32) return range_of_rows<DType::f32>(a, largest);
+  if (a.source->column_stride == 1 && a.source->dtype == DType::f16) return range_of_rows<DType::f16>(a, largest);
+  PackArgs every = a;
+  for (every.first_input = 0; every.first_input < a.source->columns; every.first_input += a.layout->k) widen_range(every, staged, largest);
+}
+
+void pack_int8(const PackArgs& a, const float* staged, std::int64_t first_unit, std::int64_t units, const F (&range)[kSlices]) {
+  for (int first = 0; first < kSlices; first += kLineSlices) {
+    F inverse[kLineSlices];
+    for (int i = 0; i < kLineSlices; ++i) {
+      const F scale = range[first + i] * splat(1.0f / 127.0f);
+      inverse[i] = reciprocal_or_zero(scale);
+      store(a.side + (first + i) * kLanes, scale);
+    }
+    for (std::int64_t unit = 0; unit < units; ++unit) {
+      std::byte* to = a.panel + (first_unit + unit) * a.layout->unit_bytes + slice_offset(first, 1024, 4);
       for (int row = 0; row < 16; ++row, to += 64) {
-        I bytes = {};
-        for (int i = 0; i < 4; ++i) {
-          const F w = at(staged, unit * kUnitInputs + row * 4 + i, slice);
-          bytes |= (clamp(round_to_int(w * inverse), -127, 127) + kInt8Offset) << (8 * i);
+        I line[kLineSlices] = {};
+        for (int i = 0; i < kLineSlices; ++i) {
+          for (int four = 0; four < 4; ++four) {
+            const F w = at(staged, unit * kUnitInputs + row * 4 + four, first + i);
+            line[i] |= (clamp(round_to_int(w * inverse[i]), -127, 127) + kInt8Offset) << (8 * four);
+          }
         }
-        store(to, bytes);
+        store_line(to, line);
       }
     }
   }
 }
 
-}  // namespace
-
-void pack(const PackArgs& a) {
+void pack_by_kind(const PackArgs& a) {
   auto* staged = reinterpret_cast<float*>(a.staged);
   if (a.layout->kind == WeightKind::fp8 && a.source->dtype == DType::e4m3) {
     gather<DType::e4m3, true>(a, staged);
@@ -66,28 +121,32 @@ void pack(const PackArgs& a) {
     return pack_mxfp4<true>(a, staged);
   }
   F range[kSlices] = {};
-  if (a.layout->kind == WeightKind::int8) {
-    PackArgs other = a;
-    for (other.first_input = 0; other.first_input < a.source->columns; other.first_input += a.layout->k) {
-      if (other.first_input == a.first_input && a.layout->k >= a.source->columns) break;  // there is no other shard
-      gather_any(other, staged);
-      widen_range(*a.layout, staged, range);
-    }
-  }
-  a.layout->kind == WeightKind::int4 ? gather_spans(a, staged) : gather_any(a, staged);
   switch (a.layout->kind) {
     case WeightKind::bf16:
-      return pack_bf16(a, staged);
-    case WeightKind::int8:
-      widen_range(*a.layout, staged, range);
-      return pack_int8(a, staged, range);
+      return each_staged(a, staged, [&](std::int64_t first, std::int64_t units) { pack_bf16(a, staged, first, units); });
+    case WeightKind::int8: {
+      find_range(a, staged, range);
+      return each_staged(a, staged, [&](std::int64_t first, std::int64_t units) { pack_int8(a, staged, first, units, range); });
+    }
     case WeightKind::int4:
+      gather_spans(a, staged);
       return a.layout->symmetric ? pack_int4<true>(a, staged) : pack_int4<false>(a, staged);
     case WeightKind::fp8:
+      gather_any(a, staged);
       return pack_fp8(a, staged);
     case WeightKind::mxfp4:
+      gather_any(a, staged);
       return pack_mxfp4<false>(a, staged);
   }
+}
+
+}  // namespace
+
+void pack(const PackArgs& a) {
+  pack_by_kind(a);
+#if defined(__AVX2__)
+  _mm_sfence();  // what went past the caches
+#endif
 }
 
 }  // namespace numagraft::NUMAGRAFT_ISA

@@ -15,6 +15,18 @@ NUMAGRAFT_INLINE std::int64_t slice_offset(int slice, int tile_bytes, int column
   return column / kTileColumns * tile_bytes + column % kTileColumns * column_bytes;
 }
 
+constexpr int kLineSlices = kTileColumns / kLanes;  // slices whose columns share the lines of a tile
+// A whole line of a panel, past the caches: it is read when the model runs, and not before. The other cores see it after a fence.
+NUMAGRAFT_INLINE void store_line(void* line, const I (&slices)[kLineSlices]) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(line), (__m512i)slices[0]);
+#elif defined(__AVX2__)
+  for (int i = 0; i < kLineSlices; ++i) _mm256_stream_si256(static_cast<__m256i*>(line) + i, (__m256i)slices[i]);
+#else
+  __builtin_memcpy(line, slices, sizeof slices);
+#endif
+}
+
 template <int step>
 NUMAGRAFT_INLINE void exchange(F& a, F& b) {
   constexpr auto first = [](int lane) { return (lane & step) ? lane - step + kLanes : lane; };
@@ -113,6 +125,25 @@ NUMAGRAFT_INLINE F source_scales(const PackArgs& a, std::int64_t first_row, std:
   return dtype == DType::e4m3 ? fp8_scales(a, first_row, column) : power_of_two(mxfp4_exponents(a, first_row, column));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Eight inputs of eight rows of bf16, as fp32 by inputs: shuffled while they are half as wide.
+NUMAGRAFT_INLINE void load_transposed(const std::uint16_t* data, const std::int64_t (&offsets)[kLanes], std::int64_t k, F (&v)[kLanes]) {
+  const auto rows = [&](int row) {
+    const auto* upper = reinterpret_cast<const __m128i*>(data + offsets[row + 4] + k);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + offsets[row] + k))), _mm_loadu_si128(upper), 1);
+  };
+  const __m256i r0 = rows(0), r1 = rows(1), r2 = rows(2), r3 = rows(3);
+  const __m256i low01 = _mm256_unpacklo_epi16(r0, r1), high01 = _mm256_unpackhi_epi16(r0, r1);
+  const __m256i low23 = _mm256_unpacklo_epi16(r2, r3), high23 = _mm256_unpackhi_epi16(r2, r3);
+  const __m256i inputs[] = {_mm256_unpacklo_epi32(low01, low23), _mm256_unpackhi_epi32(low01, low23), _mm256_unpacklo_epi32(high01, high23),
+                            _mm256_unpackhi_epi32(high01, high23)};
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = (F)_mm256_unpacklo_epi16(__m256i{}, inputs[i]);
+    v[2 * i + 1] = (F)_mm256_unpackhi_epi16(__m256i{}, inputs[i]);
+  }
+}
+#endif
+
 template <DType dtype, bool coded>
 void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
   const MatrixView& source = *a.source;
@@ -120,13 +151,22 @@ void gather_by_rows(const PackArgs& a, std::int64_t inputs, float* staged) {
   for (int slice = 0; slice < kSlices; ++slice) {
     std::int64_t offsets[kLanes];
     bool present[kLanes];
+    bool whole = true;
     for (int lane = 0; lane < kLanes; ++lane) {
       const std::int64_t row = a.first_row + slice * kLanes + lane;
       present[lane] = present_row(a, row);
       offsets[lane] = present[lane] ? row * source.row_stride + a.first_input : 0;
+      whole = whole && present[lane];
     }
     F scales = {};
     std::int64_t k = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    for (; dtype == DType::bf16 && whole && k + kLanes <= inputs; k += kLanes) {
+      F v[kLanes];
+      load_transposed(static_cast<const std::uint16_t*>(source.data), offsets, k, v);
+      for (int i = 0; i < kLanes; ++i) store(staged + (k + i) * kPanelColumns + slice * kLanes, v[i]);
+    }
+#endif
     for (; k + kLanes <= inputs; k += kLanes) {
       F v[kLanes];
       for (int lane = 0; lane < kLanes; ++lane) {
