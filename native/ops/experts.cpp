@@ -123,6 +123,7 @@ struct ExpertsWeights::Call {
 // A worker at one of its works.
 struct ExpertsWeights::Seat {
   Role role;
+  int node = 0;
   Work* work = nullptr;
   int rank = 0;
   int size = 0;
@@ -267,6 +268,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       for (const Role& role : roster.roles(worker)) {
         Seat seat;
         seat.role = role;
+        seat.node = worker.node;
         seat.work = call.works_of_shard[static_cast<std::size_t>(role.shard)][call.split_replicas ? static_cast<std::size_t>(role.replica) : 0];
         seat.rank = call.split_replicas ? role.replica_rank : role.rank;
         seat.size = call.split_replicas ? role.replica_size : role.size;
@@ -316,7 +318,10 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
       for (const Seat& seat : seats) prepare_inner(call, *seat.work, share(seat.work->routing->pairs(), seat.rank, seat.size));
       meet();
       for (Seat& seat : seats) {
-        const auto multiply = [&](Range panels) { multiply_down(call, seat, panels, reader); };
+        const auto multiply = [&](Range panels) {
+          runtime_->delay_chunk(worker.node);
+          multiply_down(call, seat, panels, reader);
+        };
         auto& few = seat.work->down_panels;
         few ? few->each(seat.rank, multiply) : multiply(share(down_panels(seat), seat.rank, seat.size));
       }
@@ -388,6 +393,7 @@ void ExpertsWeights::gate_and_up(const Call& call, Seat& seat, Reader& reader) c
   }
   const std::int64_t pairs = places_[static_cast<std::size_t>(seat.role.part)].frame / kPanelColumns;
   work.pairs->each(seat.rank, [&](Range mine) {
+    runtime_->delay_chunk(seat.node);
     for (std::int64_t at = mine.begin; at < mine.end;) {
       const std::int64_t expert = at / pairs;
       const std::int64_t end = std::min(mine.end, (expert + 1) * pairs);

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <vector>
-#include <cstdlib>
 
 #include "ops/teams.h"
 
@@ -18,7 +17,7 @@ class GuidedSplit {
   // Pieces begin at multiples of `step`.
   GuidedSplit(std::int64_t count, int workers, std::int64_t step = 1) : workers_(workers), step_(step), count_(count) {
     const std::int64_t steps = count / step;
-    own_steps_ = workers > 1 && !getenv("NG_STATIC") ? steps * 3 / 4 : steps;
+    own_steps_ = workers > 1 ? steps * 3 / 4 : steps;
     if (own_steps_ == steps) {
       pieces_.push_back(count);
       return;

@@ -158,7 +158,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
       for (const Role& role : roles) {
         const auto replica = static_cast<std::size_t>(call.split_replicas ? role.replica : 0);
         GuidedSplit* split = call.split_rows ? nullptr : &splits[static_cast<std::size_t>(role.shard)][replica];
-        multiply(call, role, split, prepared, reinterpret_cast<float*>(scratch), reader);
+        multiply(call, worker, role, split, prepared, reinterpret_cast<float*>(scratch), reader);
       }
     };
     lease != nullptr ? runtime_->run(*lease, work, Pinning::watched) : runtime_->run(roster.nodes(), work, Pinning::watched);
@@ -263,7 +263,7 @@ std::size_t LinearWeights::sums_bytes(const Call& call, std::int64_t blocks) con
 }
 
 // `split`: of the panels; null where workers split the rows.
-void LinearWeights::multiply(const Call& call, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader) {
+void LinearWeights::multiply(const Call& call, const Worker& worker, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader) {
   const Range rows = call.replica_rows(role);
   const bool own_rows = call.split_replicas && role.replicas > 1;
   const int rank = own_rows ? role.replica_rank : role.rank;
@@ -271,7 +271,10 @@ void LinearWeights::multiply(const Call& call, const Role& role, GuidedSplit* sp
   const Range blocks{rows.begin / kBlockRows, (rows.end + kBlockRows - 1) / kBlockRows};
   if (blocks.begin >= blocks.end) return;
   if (split != nullptr) {
-    split->each(rank, [&](Range panels) { multiply_blocks(call, role.part, blocks, panels, prepared, c, reader); });
+    split->each(rank, [&](Range panels) {
+      runtime_->delay_chunk(worker.node);
+      multiply_blocks(call, role.part, blocks, panels, prepared, c, reader);
+    });
     return;
   }
   const Range mine = share(blocks.end - blocks.begin, rank, size);

@@ -64,7 +64,7 @@ class LinearWeights {
   std::int64_t blocks_together() const;
   std::int64_t panels_together(std::int64_t rows) const;
   std::size_t sums_bytes(const Call& call, std::int64_t blocks) const;
-  void multiply(const Call& call, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader);
+  void multiply(const Call& call, const Worker& worker, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader);
   void multiply_blocks(const Call& call, int part, Range blocks, Range panels, std::byte* prepared, float* c, Reader& reader);
 
   std::shared_ptr<Runtime> runtime_;

@@ -101,7 +101,8 @@ class Runtime {
   class SharedScratch;
   std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node, const Lease* lease = nullptr);
 
-  // Test seams. Without stealing every node computes its own share only; a delay makes a node late at every chunk.
+  // Test seams. Without stealing every node computes its own share only; a delay makes a node late at every chunk and every
+  // piece of a guided split.
   void set_stealing(bool on) noexcept { stealing_.store(on, std::memory_order_relaxed); }
   bool stealing() const noexcept { return stealing_.load(std::memory_order_relaxed); }
   void set_chunk_delay(int node, int microseconds);

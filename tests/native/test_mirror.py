@@ -32,23 +32,23 @@ def gaussian(seed, *shape):
 class Linear:
     bar = LINEAR_BAR
 
-    def __init__(self, runtime, format="int8", placed=None):
-        self.runtime = runtime
+    def __init__(self, runtime, format="int8", placed=None, out=OUT):
+        self.runtime, self.out = runtime, out
         nodes = len(runtime.layout.nodes)
         self.weights = LinearWeights(
             runtime,
-            out_features=OUT,
+            out_features=out,
             in_features=IN,
             format=WeightFormat(format),
-            parts=placed or parts("mirror" if nodes > 1 else "bind", nodes, OUT),
+            parts=placed or parts("mirror" if nodes > 1 else "bind", nodes, out),
             has_bias=True,
             owner="layer",
         )
-        self.weights.load_weight(matrix(gaussian(1, OUT, IN)))
-        self.weights.load_bias(matrix(gaussian(2, 1, OUT)))
+        self.weights.load_weight(matrix(gaussian(1, out, IN)))
+        self.weights.load_bias(matrix(gaussian(2, 1, out)))
 
     def __call__(self, tokens, seed=0):
-        x, out = gaussian(seed, tokens, IN), np.full((tokens, OUT), 77, np.float32)
+        x, out = gaussian(seed, tokens, IN), np.full((tokens, self.out), 77, np.float32)
         self.weights.forward(matrix(x), matrix(out))
         return out
 
@@ -161,6 +161,22 @@ def test_a_late_node_is_helped_by_the_others_from_their_own_copies(kind):
     assert with_stealing[2] > 0
     assert with_stealing[0] > without[0] and with_stealing[1] < without[1]
     assert with_stealing[3] < without[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [(lambda on: Linear(on, out=1600), 1), (lambda on: Linear(on, out=1600), 20), (Experts, 1), (Experts, 3)],
+)
+def test_a_late_node_leaves_the_last_panels_of_few_tokens_to_the_others(kind, tokens):
+    mirrored = kind(runtime(2, 1))
+    expected = mirrored(tokens)
+    for late in (0, 1):  # each is the other's control
+        for node in (0, 1):
+            mirrored.runtime.native.set_chunk_delay(node, 20_000 if node == late else 0)
+        found, by_node = counted(mirrored, tokens)
+        np.testing.assert_array_equal(found, expected)
+        assert 0 < by_node[late].bytes_read < by_node[1 - late].bytes_read
+        assert sum(node.bytes_read for node in by_node) == sum(node.bytes_read for node in counted(mirrored, tokens)[1])
 
 
 def test_tokens_that_choose_no_expert():
