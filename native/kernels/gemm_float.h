@@ -10,7 +10,6 @@ namespace numagraft {
 namespace {
 
 constexpr int kFloatVectors = 2 * kParts;  // of results per row and panel
-template <WeightKind kind>
 constexpr int kFloatRows = 6;  // with AVX2 half of a panel's columns at a time from 4 on: as many sums as there are registers for
 constexpr int columns_together(int rows) { return kParts == 1 || rows <= 3 ? kFloatVectors : kFloatVectors / 2; }
 constexpr std::int64_t kFloatChunkUnits = kChunkInputs / kUnitInputs / 2;
@@ -234,7 +233,7 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, TwoPanels pan
 
 template <WeightKind kind>
 struct Floats {
-  static constexpr int most_rows = kFloatRows<kind>;
+  static constexpr int most_rows = kFloatRows;
   static constexpr std::int64_t chunk_units = kFloatChunkUnits;
   static constexpr std::int64_t few_strip_units = kFp8Block / kUnitInputs;
   static constexpr std::int64_t single_strip_units = 0;

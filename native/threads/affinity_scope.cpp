@@ -27,12 +27,11 @@ AffinityScope::AffinityScope(int cpu, Pinning pinning) : cpu_(cpu), watched_(pin
 
 void AffinityScope::pin() {
   watched_ = false;
-  const int cpu = cpu_;
-  const int wanted[] = {cpu};
+  const int wanted[] = {cpu_};
   const sys::CpuMask mask(wanted);
-  if (const int error = sys::get_affinity(saved_); error != 0) throw_pin_refused(cpu, error);
+  if (const int error = sys::get_affinity(saved_); error != 0) throw_pin_refused(cpu_, error);
   if (saved_ == mask) return;
-  if (const int error = sys::set_affinity(mask); error != 0) throw_pin_refused(cpu, error);
+  if (const int error = sys::set_affinity(mask); error != 0) throw_pin_refused(cpu_, error);
   changed_ = true;
 }
 
