@@ -169,7 +169,8 @@ struct KernelTable {
   int reround_rows_from;        // rows from which int4 and mxfp4 are re-rounded to int8 per column and chunk; 0: never
   int tile_rows_from;           // rows from which blocks are padded to 16 or 32; 0: never
   // Memory wants the lines of a page in order (AMD): one row reads two panels side by side, not a panel's two tiles, and few rows
-  // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles.
+  // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles. Workers of few rows then
+  // also take the last panels as they come, for which a Xeon's prefetchers made them pay.
   bool in_order;
   bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
   void (*prepare)(const PrepareArgs&);

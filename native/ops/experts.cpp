@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "ops/chunk_queue.h"
-#include "ops/guided_split.h"
+#include "ops/work_split.h"
 #include "system/error.h"
 
 namespace numagraft {
@@ -98,8 +98,8 @@ struct ExpertsWeights::Work {
   std::shared_ptr<Runtime::SharedScratch> partial_lease;
   std::vector<std::pair<std::size_t, Range>> items;  // expert of the routing, pairs of panels
   std::atomic<std::size_t> next_item{0};
-  std::optional<GuidedSplit> pairs;                  // without items: of all experts, one after the other
-  std::optional<GuidedSplit> down_panels;            // of few tokens
+  std::optional<WorkSplit> pairs;                  // without items: of all experts, one after the other
+  std::optional<WorkSplit> down_panels;            // of few tokens
   int workers = 0;                                   // of its team
   std::shared_ptr<Runtime::SharedScratch> inputs;    // prepared tokens of the slab, where nodes take from each other
 };
@@ -220,8 +220,8 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         }
         const std::int64_t pairs = place.frame / kPanelColumns;
         const auto active = static_cast<std::int64_t>(work.routing->experts.size());
-        if (work.routing->most_rows <= kFewRows) work.pairs.emplace(active * pairs, work.workers);
-        if (tokens <= kGuidedTokens) work.down_panels.emplace(place.down.layout.panels, work.workers, kernels_->in_order ? 2 : 1);
+        if (work.routing->most_rows <= kFewRows) work.pairs.emplace(active * pairs, work.workers, kernels_->in_order);
+        if (tokens <= kGuidedTokens) work.down_panels.emplace(place.down.layout.panels, work.workers, kernels_->in_order, kernels_->in_order ? 2 : 1);
         if ((work.routing->most_rows > kFewRows || call.in_chunks) && active > 0) {
           const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * work.workers + active - 1) / active, 1, pairs);
           for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {

@@ -7,7 +7,7 @@
 #include <deque>
 
 #include "ops/chunk_queue.h"
-#include "ops/guided_split.h"
+#include "ops/work_split.h"
 #include "system/error.h"
 
 namespace numagraft {
@@ -127,15 +127,16 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
       }
     }
     // By shard, and by replica where these divide the rows.
-    std::vector<std::deque<GuidedSplit>> splits(call.split_rows ? 0 : teams_.shards().size());
+    std::vector<std::deque<WorkSplit>> splits(call.split_rows ? 0 : teams_.shards().size());
     for (int node : roster.nodes()) {
       for (const Role& role : roster.roles_of_first(node)) {
         if (call.split_rows) continue;
         auto& of_shard = splits[static_cast<std::size_t>(role.shard)];
         if (static_cast<int>(of_shard.size()) > (call.split_replicas ? role.replica : 0)) continue;
         const Layout& layout = places_[static_cast<std::size_t>(role.part)].layout;
-        const std::int64_t step = (kLeastPieceBytes + layout.panel_bytes - 1) / layout.panel_bytes;
-        of_shard.emplace_back(layout.panels, call.split_replicas ? role.replica_size : role.size, kernels_->in_order ? (step + 1) / 2 * 2 : step);
+        const std::int64_t pairs = (kLeastPieceBytes / 2 + layout.panel_bytes - 1) / layout.panel_bytes;
+        const int workers = call.split_replicas ? role.replica_size : role.size;
+        of_shard.emplace_back(layout.panels, workers, kernels_->in_order, kernels_->in_order ? 2 * pairs : 1);
       }
     }
     const auto work = [&](const Worker& worker, Barriers& barriers) {
@@ -157,7 +158,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
       if (shared) barriers.node(worker);
       for (const Role& role : roles) {
         const auto replica = static_cast<std::size_t>(call.split_replicas ? role.replica : 0);
-        GuidedSplit* split = call.split_rows ? nullptr : &splits[static_cast<std::size_t>(role.shard)][replica];
+        WorkSplit* split = call.split_rows ? nullptr : &splits[static_cast<std::size_t>(role.shard)][replica];
         multiply(call, worker, role, split, prepared, reinterpret_cast<float*>(scratch), reader);
       }
     };
@@ -263,7 +264,7 @@ std::size_t LinearWeights::sums_bytes(const Call& call, std::int64_t blocks) con
 }
 
 // `split`: of the panels; null where workers split the rows.
-void LinearWeights::multiply(const Call& call, const Worker& worker, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader) {
+void LinearWeights::multiply(const Call& call, const Worker& worker, const Role& role, WorkSplit* split, std::byte* prepared, float* c, Reader& reader) {
   const Range rows = call.replica_rows(role);
   const bool own_rows = call.split_replicas && role.replicas > 1;
   const int rank = own_rows ? role.replica_rank : role.rank;

@@ -18,7 +18,7 @@
 
 namespace numagraft {
 
-class GuidedSplit;
+class WorkSplit;
 
 // y = x W^T + b with W [out, in] packed in node memory. Loading is serial (one thread at a time); forward may be called
 // from many threads once nothing is missing.
@@ -64,7 +64,7 @@ class LinearWeights {
   std::int64_t blocks_together() const;
   std::int64_t panels_together(std::int64_t rows) const;
   std::size_t sums_bytes(const Call& call, std::int64_t blocks) const;
-  void multiply(const Call& call, const Worker& worker, const Role& role, GuidedSplit* split, std::byte* prepared, float* c, Reader& reader);
+  void multiply(const Call& call, const Worker& worker, const Role& role, WorkSplit* split, std::byte* prepared, float* c, Reader& reader);
   void multiply_blocks(const Call& call, int part, Range blocks, Range panels, std::byte* prepared, float* c, Reader& reader);
 
   std::shared_ptr<Runtime> runtime_;

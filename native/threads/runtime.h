@@ -102,7 +102,7 @@ class Runtime {
   std::shared_ptr<SharedScratch> shared_scratch(std::size_t bytes, int node, const Lease* lease = nullptr);
 
   // Test seams. Without stealing every node computes its own share only; a delay makes a node late at every chunk and every
-  // piece of a guided split.
+  // piece that few tokens leave to whoever is free.
   void set_stealing(bool on) noexcept { stealing_.store(on, std::memory_order_relaxed); }
   bool stealing() const noexcept { return stealing_.load(std::memory_order_relaxed); }
   void set_chunk_delay(int node, int microseconds);

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_operands import EXPERTS_BAR, LINEAR_BAR, error, matrix, parts, runtime
+from native_operands import EXPERTS_BAR, ISAS, LINEAR_BAR, error, matrix, parts, runtime
 
 from numagraft import native
 from numagraft.errors import PlacementError
@@ -32,7 +32,7 @@ def gaussian(seed, *shape):
 class Linear:
     bar = LINEAR_BAR
 
-    def __init__(self, runtime, format="int8", placed=None, out=OUT):
+    def __init__(self, runtime, format="int8", placed=None, out=OUT, isa=None):
         self.runtime, self.out = runtime, out
         nodes = len(runtime.layout.nodes)
         self.weights = LinearWeights(
@@ -43,6 +43,7 @@ class Linear:
             parts=placed or parts("mirror" if nodes > 1 else "bind", nodes, out),
             has_bias=True,
             owner="layer",
+            isa=isa,
         )
         self.weights.load_weight(matrix(gaussian(1, out, IN)))
         self.weights.load_bias(matrix(gaussian(2, 1, out)))
@@ -56,7 +57,7 @@ class Linear:
 class Experts:
     bar = EXPERTS_BAR
 
-    def __init__(self, runtime, format="int8", placed=None):
+    def __init__(self, runtime, format="int8", placed=None, isa=None):
         self.runtime = runtime
         nodes = len(runtime.layout.nodes)
         self.weights = ExpertsWeights(
@@ -69,6 +70,7 @@ class Experts:
             parts=placed or parts("mirror" if nodes > 1 else "bind", nodes, INNER),
             has_bias=False,
             owner="experts",
+            isa=isa,
         )
         self.weights.load_experts(
             gate=[matrix(gaussian(10 + e, INNER, HIDDEN)) for e in range(EXPERTS)],
@@ -163,20 +165,23 @@ def test_a_late_node_is_helped_by_the_others_from_their_own_copies(kind):
     assert with_stealing[3] < without[3]
 
 
-@pytest.mark.parametrize(
-    ("kind", "tokens"),
-    [(lambda on: Linear(on, out=1600), 1), (lambda on: Linear(on, out=1600), 20), (Experts, 1), (Experts, 3)],
-)
-def test_a_late_node_leaves_the_last_panels_of_few_tokens_to_the_others(kind, tokens):
-    mirrored = kind(runtime(2, 1))
-    expected = mirrored(tokens)
-    for late in (0, 1):  # each is the other's control
-        for node in (0, 1):
-            mirrored.runtime.native.set_chunk_delay(node, 20_000 if node == late else 0)
-        found, by_node = counted(mirrored, tokens)
-        np.testing.assert_array_equal(found, expected)
-        assert 0 < by_node[late].bytes_read < by_node[1 - late].bytes_read
-        assert sum(node.bytes_read for node in by_node) == sum(node.bytes_read for node in counted(mirrored, tokens)[1])
+@pytest.mark.skipif("avx2" not in ISAS, reason="this CPU has no AVX2")
+@pytest.mark.parametrize(("kind", "size"), [(Linear, {"out": 1600}), (Experts, {})])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_late_node_leaves_the_last_panels_of_few_tokens_to_the_others(kind, size, tokens):
+    for order in ("in-order", "in-turn"):
+        mirrored = kind(runtime(2, 1), isa=f"avx2:{order}", **size)
+        expected = mirrored(tokens)
+        for late in (0, 1):
+            for node in (0, 1):
+                mirrored.runtime.native.set_chunk_delay(node, 20_000 if node == late else 0)
+            found, by_node = counted(mirrored, tokens)
+            np.testing.assert_array_equal(found, expected)
+            read = [node.bytes_read for node in by_node]
+            if order == "in-order":
+                assert 0 < read[late] < read[1 - late]
+            else:  # the control: divided beforehand
+                assert read[0] == read[1]
 
 
 def test_tokens_that_choose_no_expert():

@@ -9,15 +9,15 @@
 
 namespace numagraft {
 
-// [0, count) for the workers of a team: three quarters are divided beforehand, the rest is taken by whoever is done with its own,
-// in pieces that shrink (guided self-scheduling; Polychronopoulos and Kuck 1987). Cores of one node seldom get the same
-// bandwidth at a time, and those that are done would wait at the next barrier.
-class GuidedSplit {
+// [0, count) for the workers of a team, divided beforehand. `guided`: three quarters of it, and the rest is taken by whoever is
+// done with its own, in pieces that shrink (guided self-scheduling; Polychronopoulos and Kuck 1987). Cores of one node seldom get
+// the same bandwidth at a time, and those that are done would wait at the next barrier.
+class WorkSplit {
  public:
   // Pieces begin at multiples of `step`.
-  GuidedSplit(std::int64_t count, int workers, std::int64_t step = 1) : workers_(workers), step_(step), count_(count) {
+  WorkSplit(std::int64_t count, int workers, bool guided, std::int64_t step = 1) : workers_(workers), step_(step), count_(count) {
     const std::int64_t steps = count / step;
-    own_steps_ = workers > 1 ? steps * 3 / 4 : steps;
+    own_steps_ = guided && workers > 1 ? steps * 3 / 4 : steps;
     if (own_steps_ == steps) {
       pieces_.push_back(count);
       return;
@@ -25,8 +25,8 @@ class GuidedSplit {
     for (std::int64_t at = own_steps_; at < steps; at += std::max<std::int64_t>((steps - at) / (2 * workers), 1)) pieces_.push_back(at * step);
     pieces_.push_back(count);
   }
-  GuidedSplit(const GuidedSplit&) = delete;
-  GuidedSplit& operator=(const GuidedSplit&) = delete;
+  WorkSplit(const WorkSplit&) = delete;
+  WorkSplit& operator=(const WorkSplit&) = delete;
 
   // What a worker begins with; may be empty.
   Range own(int rank) const {
