@@ -2,7 +2,7 @@
 
     PYTHONPATH=. KT_PYTHON -m benchmarks.peers.kt_experts --tokens 1 --format AMXINT8
 
-Its formats: AMXINT4 and AMXINT8 (one scale per row, quantised from bf16 at load) and BF16. Its queue has a thread that spins
+Its formats: AMXINT4 and AMXINT8 (one scale per row, quantised from bf16 at load; not on CPUs without AVX-512) and BF16. Its queue has a thread that spins
 beside the workers; where that takes a core from them one worker less is faster. Both are measured, the faster is its figure.
 """
 
@@ -29,6 +29,7 @@ class Layer:
     """One layer on kt-kernel's pool, called through its queue as its own wrapper does; it holds a copy of `source`."""
 
     def __init__(self, pool: Any, options: Any, experts: int, source: list[np.ndarray]) -> None:
+        import kt_kernel
         from kt_kernel import kt_kernel_ext
 
         mask = torch.zeros(experts, dtype=torch.bool)
@@ -43,8 +44,11 @@ class Layer:
             config.gate_projs, config.up_projs, config.down_projs = pointers
         else:
             config.gate_proj, config.up_proj, config.down_proj = (of.ctypes.data for of in source)
-        kinds = {"AMXINT4": "AMXInt4_MOE", "AMXINT8": "AMXInt8_MOE", "BF16": "AMXBF16_MOE"}
-        self.moe = getattr(kt_kernel_ext.moe, kinds[options.format])(config)
+        kinds = {"AMXINT4": ["AMXInt4_MOE"], "AMXINT8": ["AMXInt8_MOE"], "BF16": ["AMXBF16_MOE", "AVX2BF16_MOE"]}
+        built = [kind for kind in kinds[options.format] if hasattr(kt_kernel_ext.moe, kind)]
+        if not built:
+            raise SystemExit(f"kt-kernel has no {options.format} for this CPU (its variant: {kt_kernel.__cpu_variant__})")
+        self.moe = getattr(kt_kernel_ext.moe, built[0])(config)
         order = torch.arange(experts, dtype=torch.int64)
         pool.submit(self.moe.load_weights_task(order.data_ptr()))
         pool.sync()
