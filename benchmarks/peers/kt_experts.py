@@ -2,8 +2,9 @@
 
     PYTHONPATH=. KT_PYTHON -m benchmarks.peers.kt_experts --tokens 1 --format AMXINT8
 
-Its formats: AMXINT4 and AMXINT8 (one scale per row, quantised from bf16 at load; not on CPUs without AVX-512) and BF16. Its queue has a thread that spins
-beside the workers; where that takes a core from them one worker less is faster. Both are measured, the faster is its figure.
+Its formats: AMXINT4 and AMXINT8 (one scale per row, quantised from bf16 at load; not for CPUs without AVX-512) and BF16. Its
+queue has a thread that spins beside the workers; where that takes a core from them one worker less is faster. Both are
+measured, the faster is its figure.
 """
 
 from __future__ import annotations

@@ -39,30 +39,50 @@ struct Search {
   F error;    // of the best grid so far
   Grid grid;
 
-  // Tries a grid, and the one that fits the integers it gives best (least squares). That one's error follows from sums over
-  // the group, without another pass over it. `both`: the first may be chosen as well.
-  template <bool both = true>
-  inline __attribute__((always_inline)) void look_at(const Grid& tried) {
-    const F inverse = reciprocal_or_zero(tried.scale);
-    const F offset = -tried.minimum * inverse;
-    F squares = {};
-    F sq = {};
-    F sqq = {};
-    F swq = {};
+  // Tries grids, several in one pass, and of each the one that fits the integers it gives best (least squares). That one's error
+  // follows from sums over the group, without another pass over it. `both`: the first may be chosen as well.
+  template <bool both, int grids>
+  inline __attribute__((always_inline)) void look_at(const Grid (&tried)[grids]) {
+    struct Sums {
+      F inverse;
+      F offset;
+      F squares;
+      F q;
+      F qq;
+      F wq;
+    } sums[grids];
+#pragma GCC unroll 2
+    for (int i = 0; i < grids; ++i) {
+      const F inverse = reciprocal_or_zero(tried[i].scale);
+      sums[i] = {inverse, -tried[i].minimum * inverse, F{}, F{}, F{}, F{}};
+    }
     for (int k = 0; k < inputs; ++k) {
       const F w = at(staged, k, slice);
-      F q = minimum(maximum(w * inverse + offset, F{}), splat(15.0f));
-      q = whole_number(q);
-      if constexpr (both) {
-        const F d = w - (tried.scale * q + tried.minimum);
-        squares += d * d;
+#pragma GCC unroll 2
+      for (int i = 0; i < grids; ++i) {
+        const F q = whole_number(minimum(maximum(w * sums[i].inverse + sums[i].offset, F{}), splat(15.0f)));
+        if constexpr (both) {
+          const F d = w - (tried[i].scale * q + tried[i].minimum);
+          sums[i].squares += d * d;
+        }
+        sums[i].q += q;
+        sums[i].qq += q * q;
+        sums[i].wq += w * q;
       }
-      sq += q;
-      sqq += q * q;
-      swq += w * q;
     }
-    if constexpr (both) keep(squares, tried);
+#pragma GCC unroll 2
+    for (int i = 0; i < grids; ++i) {
+      if constexpr (both) keep(sums[i].squares, tried[i]);
+      keep_fitted(sums[i].q, sums[i].qq, sums[i].wq);
+    }
+  }
+  inline __attribute__((always_inline)) void look_at(const Grid& tried) {
+    const Grid one[] = {tried};
+    look_at<true>(one);
+  }
 
+ private:
+  inline __attribute__((always_inline)) void keep_fitted(F sq, F sqq, F swq) {
     const F n = splat(static_cast<float>(inputs));
     const F mean = sq / n;
     // around the mean (symmetric: around 8, where the weight is 0)
@@ -79,8 +99,6 @@ struct Search {
     fitted_error = maximum(fitted_error, spread * splat(1e-6f));
     keep(select(solvable, fitted_error, splat(__builtin_inff())), fitted);
   }
-
- private:
   inline __attribute__((always_inline)) void keep(F found, const Grid& tried) {
     const I better = found < error;
     error = select(better, found, error);
@@ -125,14 +143,13 @@ Found search(const float* staged, int slice, int inputs, const Summary& group) {
     for (int i = 0; thorough && i < 2; ++i) best.look_at(rounded<true>(best.grid.scale * splat(neighbours[i]), F{}));
   } else {
     const auto around = [](F centre, F scale) { return rounded<false>(scale, centre - scale * splat(7.5f)); };
-    const auto look_at = [&](float span) { best.template look_at<thorough>(around(middle, (group.high - group.low) * splat(span / 15.0f))); };
-    constexpr float spans[] = {1.0f, 0.9f, 0.8f};
-    constexpr float few_spans[] = {0.95f, 0.85f};
-    for (float span : few_spans) {
-      if (!thorough) look_at(span);
-    }
-    for (float span : spans) {
-      if (thorough) look_at(span);
+    const auto spanning = [&](float span) { return around(middle, (group.high - group.low) * splat(span / 15.0f)); };
+    if constexpr (thorough) {
+      constexpr float spans[] = {1.0f, 0.9f, 0.8f};
+      for (float span : spans) best.look_at(spanning(span));
+    } else {
+      const Grid spans[] = {spanning(0.95f), spanning(0.85f)};
+      best.template look_at<false>(spans);
     }
     best.look_at(best.grid);
     constexpr float neighbours[] = {1.03f, 0.97f};
@@ -273,11 +290,10 @@ Found search_whole(const float* staged, int slice, int inputs, const Grid& free,
       at_r.look_at(scale, wide);
       const F near[] = {within(at_r.m - splat(2.0f)), within(at_r.m + splat(2.0f))};
       at_r.look_at(scale, near);
+      const F beside[] = {within(at_r.m - splat(1.0f)), within(at_r.m + splat(1.0f))};
+      at_r.look_at(scale, beside);
       best.take(at_r);
     }
-    const F most = splat(kWholeReach) - splat(15.0f) * best.r;
-    const F beside[] = {maximum(splat(-kWholeReach), best.m - splat(1.0f)), minimum(most, best.m + splat(1.0f))};
-    best.look_at(best.scale_of(best.r), beside);
     return {rounded<false>(best.r * step, best.m * step), to_float(best.error) * (step * step) * splat(1.0f / (kParts * kParts))};
   }
 }
