@@ -78,9 +78,9 @@ void int8_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_uni
   const Layout& layout = *a.layout;
   const RowBlock& block = a.blocks[0];
   const V even = repeat16(0xFF);
-  const Requests requests = Requests::of_panels(panels.apart(a));
-  float* const c[2] = {a.c + panels[0] * a.c_panel_stride, a.c + panels[1] * a.c_panel_stride};
   const std::int64_t apart = panels.apart(a);
+  const Requests requests = Requests::of_panels(apart);
+  float* const c[2] = {a.c + panels[0] * a.c_panel_stride, a.c + panels[1] * a.c_panel_stride};
   V sum[2][kVectors];  // [panel]
 #pragma GCC unroll 2
   for (int p = 0; p < 2; ++p) {

@@ -220,9 +220,10 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         }
         const std::int64_t pairs = place.frame / kPanelColumns;
         const auto active = static_cast<std::int64_t>(work.routing->experts.size());
-        if (work.routing->most_rows <= kFewRows) work.pairs.emplace(active * pairs, work.workers, kernels_->in_order);
-        if (tokens <= kGuidedTokens) work.down_panels.emplace(place.down.layout.panels, work.workers, kernels_->in_order, kernels_->in_order ? 2 : 1);
-        if ((work.routing->most_rows > kFewRows || call.in_chunks) && active > 0) {
+        const bool in_items = call.in_chunks || work.routing->most_rows > kFewRows;
+        if (!in_items) work.pairs.emplace(active * pairs, work.workers, kernels_->in_order);
+        if (!call.in_chunks && tokens <= kGuidedTokens) work.down_panels.emplace(place.down.layout.panels, work.workers, kernels_->in_order, kernels_->in_order ? 2 : 1);
+        if (in_items && active > 0) {
           const std::int64_t pieces = std::clamp<std::int64_t>((kItemsPerWorker * work.workers + active - 1) / active, 1, pairs);
           for (std::size_t e = 0; e < work.routing->experts.size(); ++e) {
             for (std::int64_t piece = 0; piece < pieces; ++piece) {

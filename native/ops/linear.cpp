@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <deque>
 
 #include "ops/chunk_queue.h"
 #include "ops/work_split.h"
@@ -126,19 +125,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
         all.clear_flags(block->data, 0, all.blocks());
       }
     }
-    // By shard, and by replica where these divide the rows.
-    std::vector<std::deque<WorkSplit>> splits(call.split_rows ? 0 : teams_.shards().size());
-    for (int node : roster.nodes()) {
-      for (const Role& role : roster.roles_of_first(node)) {
-        if (call.split_rows) continue;
-        auto& of_shard = splits[static_cast<std::size_t>(role.shard)];
-        if (static_cast<int>(of_shard.size()) > (call.split_replicas ? role.replica : 0)) continue;
-        const Layout& layout = places_[static_cast<std::size_t>(role.part)].layout;
-        const std::int64_t pairs = (kLeastPieceBytes / 2 + layout.panel_bytes - 1) / layout.panel_bytes;
-        const int workers = call.split_replicas ? role.replica_size : role.size;
-        of_shard.emplace_back(layout.panels, workers, kernels_->in_order, kernels_->in_order ? 2 * pairs : 1);
-      }
-    }
+    std::vector<std::deque<WorkSplit>> splits = split_panels(call, roster);
     const auto work = [&](const Worker& worker, Barriers& barriers) {
       Reader reader = reader_of(worker);
       const std::vector<Role> roles = roster.roles(worker);
@@ -164,6 +151,23 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
     };
     lease != nullptr ? runtime_->run(*lease, work, Pinning::watched) : runtime_->run(roster.nodes(), work, Pinning::watched);
   }
+}
+
+// By shard, and by replica where these divide the rows; nothing where workers do.
+std::vector<std::deque<WorkSplit>> LinearWeights::split_panels(const Call& call, const Roster& roster) const {
+  std::vector<std::deque<WorkSplit>> splits(teams_.shards().size());
+  if (call.split_rows) return splits;
+  for (int node : roster.nodes()) {
+    for (const Role& role : roster.roles_of_first(node)) {
+      auto& of_shard = splits[static_cast<std::size_t>(role.shard)];
+      if (static_cast<int>(of_shard.size()) > (call.split_replicas ? role.replica : 0)) continue;
+      const Layout& layout = places_[static_cast<std::size_t>(role.part)].layout;
+      const std::int64_t pairs = (kLeastPieceBytes / 2 + layout.panel_bytes - 1) / layout.panel_bytes;
+      const int workers = call.split_replicas ? role.replica_size : role.size;
+      of_shard.emplace_back(layout.panels, workers, kernels_->in_order, kernels_->in_order ? 2 * pairs : 1);
+    }
+  }
+  return splits;
 }
 
 // Replicas divide the rows by their workers, and whoever is done with its own takes chunks of the others.
@@ -266,9 +270,7 @@ std::size_t LinearWeights::sums_bytes(const Call& call, std::int64_t blocks) con
 // `split`: of the panels; null where workers split the rows.
 void LinearWeights::multiply(const Call& call, const Worker& worker, const Role& role, WorkSplit* split, std::byte* prepared, float* c, Reader& reader) {
   const Range rows = call.replica_rows(role);
-  const bool own_rows = call.split_replicas && role.replicas > 1;
-  const int rank = own_rows ? role.replica_rank : role.rank;
-  const int size = own_rows ? role.replica_size : role.size;
+  const int rank = call.split_replicas ? role.replica_rank : role.rank;
   const Range blocks{rows.begin / kBlockRows, (rows.end + kBlockRows - 1) / kBlockRows};
   if (blocks.begin >= blocks.end) return;
   if (split != nullptr) {
@@ -278,7 +280,7 @@ void LinearWeights::multiply(const Call& call, const Worker& worker, const Role&
     });
     return;
   }
-  const Range mine = share(blocks.end - blocks.begin, rank, size);
+  const Range mine = share(blocks.end - blocks.begin, rank, call.split_replicas ? role.replica_size : role.size);
   const std::int64_t panels = places_[static_cast<std::size_t>(role.part)].layout.panels;
   if (mine.begin < mine.end && panels > 0) {
     multiply_blocks(call, role.part, {blocks.begin + mine.begin, blocks.begin + mine.end}, {0, panels}, prepared, c, reader);

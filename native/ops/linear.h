@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -58,6 +59,7 @@ class LinearWeights {
     return Reader(traffic_, worker.node, runtime_->nodes()[static_cast<std::size_t>(worker.node)].os_node, worker.rank_in_node == 0);
   }
   void compute(const MatrixView& x, const MatrixView& out, const Roster& roster, const Runtime::Lease* lease);
+  std::vector<std::deque<WorkSplit>> split_panels(const Call& call, const Roster& roster) const;
   void compute_in_chunks(const Call& call, const Roster& roster, const Runtime::Lease& lease);
   void prepare_rows(const Call& call, Range rows, std::byte* prepared, std::byte* scratch) const;
   void measure_rerounding();
