@@ -43,9 +43,10 @@ struct RowBlock {
   const std::byte* high = nullptr;        // as low; meaningful only in units whose flag is set. bf16_f16: the fp16 values
   const float* scale = nullptr;           // [rows]; of bf16_f16's fp16 values
   const std::int32_t* sum = nullptr;      // [rows] sum of the row's integers
-  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each; null: only tiles multiply
+  const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each; null: nobody reads them
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
   RowLists lists;                         // instead of `high` and `flags`
+  RowForm form = RowForm::wide;           // int4 and mxfp4 may come as `halves` or as `wide`
   int rows = 0;
   int stride_rows = 0;
 };
@@ -67,7 +68,7 @@ struct PrepareArgs {
   std::int64_t unit_stride;     // elements between units of low (and high)
   float* scale;
   std::int32_t* sum;
-  float* group_sum;             // halves and wide; null: not wanted
+  float* group_sum;             // halves; null: not wanted
   std::int64_t group_stride;    // floats between units
   std::uint8_t* flags;          // halves only; [unit], the bit is or-ed in
   std::uint8_t flag_bit;
@@ -173,6 +174,9 @@ struct KernelTable {
   // also take the last panels as they come, for which a Xeon's prefetchers made them pay.
   bool in_order;
   bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
+  // Rows of a matrix from which int4 and mxfp4 take integers whole rather than in halves, if most have a high half: kernels then
+  // widen the weights, once for all rows. 0: never.
+  int whole_rows_from;
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);

@@ -66,13 +66,19 @@ NG_INLINE V maddubs(V u, V s) { return _mm512_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
 NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
 NG_INLINE V right8(V a) { return _mm512_srli_epi16(a, 8); }
-NG_INLINE V signed_right1(V a) { return _mm512_srai_epi16(a, 1); }
+NG_INLINE V right12(V a) { return _mm512_srli_epi16(a, 12); }
+template <int bits>
+NG_INLINE V signed_right(V a) { return _mm512_srai_epi16(a, bits); }
+NG_INLINE V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
+NG_INLINE V both_halves(V a) { return _mm512_or_si512(_mm512_slli_epi32(a, 16), _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF))); }
+NG_INLINE V round_to_ints(VF a) { return _mm512_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm512_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
 NG_INLINE V repeat128(__m128i x) { return _mm512_broadcast_i32x4(x); }
 NG_INLINE V ones16() { return _mm512_set1_epi16(1); }
 NG_INLINE V ones8(char x) { return _mm512_set1_epi8(x); }
 NG_INLINE VF as_floats(V a) { return _mm512_castsi512_ps(a); }
+NG_INLINE V as_integers(VF a) { return _mm512_castps_si512(a); }
 NG_INLINE VF to_floats(V a) { return _mm512_cvtepi32_ps(a); }
 NG_INLINE VF repeat(float x) { return _mm512_set1_ps(x); }
 NG_INLINE VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
@@ -106,13 +112,19 @@ NG_INLINE V maddubs(V u, V s) { return _mm256_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
 NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
 NG_INLINE V right8(V a) { return _mm256_srli_epi16(a, 8); }
-NG_INLINE V signed_right1(V a) { return _mm256_srai_epi16(a, 1); }
+NG_INLINE V right12(V a) { return _mm256_srli_epi16(a, 12); }
+template <int bits>
+NG_INLINE V signed_right(V a) { return _mm256_srai_epi16(a, bits); }
+NG_INLINE V mul16(V a, V b) { return _mm256_mullo_epi16(a, b); }
+NG_INLINE V both_halves(V a) { return _mm256_or_si256(_mm256_slli_epi32(a, 16), _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF))); }
+NG_INLINE V round_to_ints(VF a) { return _mm256_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm256_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
 NG_INLINE V repeat128(__m128i x) { return _mm256_broadcastsi128_si256(x); }
 NG_INLINE V ones16() { return _mm256_set1_epi16(1); }
 NG_INLINE V ones8(char x) { return _mm256_set1_epi8(x); }
 NG_INLINE VF as_floats(V a) { return _mm256_castsi256_ps(a); }
+NG_INLINE V as_integers(VF a) { return _mm256_castps_si256(a); }
 NG_INLINE VF to_floats(V a) { return _mm256_cvtepi32_ps(a); }
 NG_INLINE VF repeat(float x) { return _mm256_set1_ps(x); }
 NG_INLINE VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
@@ -166,13 +178,13 @@ NG_INLINE void add_fma(const float* input, VF w0, VF w1, VF& sum0, VF& sum1) {
 #else
 NG_INLINE void add_madd(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
   V x, product;
-  asm("vpbroadcastd %4, %2\n\tvpmaddwd %2, %5, %3\n\tvpaddd %3, %0, %0\n\tvpmaddwd %2, %6, %2\n\tvpaddd %2, %1, %1"
+  asm("vpbroadcastd %4, %2\n\tvpmaddwd %2, %5, %3\n\tvpmaddwd %2, %6, %2\n\tvpaddd %3, %0, %0\n\tvpaddd %2, %1, %1"
       : "+x"(sum0), "+x"(sum1), "=&x"(x), "=&x"(product)
       : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
 }
 NG_INLINE void add_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
   V x, product;
-  asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %6, %2\n\tvpaddw %2, %1, %1"
+  asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpmaddubsw %2, %6, %2\n\tvpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
       : "+x"(sum0), "+x"(sum1), "=&x"(x), "=&x"(product)
       : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
 }
@@ -195,8 +207,8 @@ struct E4m3AsF16 {
   E4m3AsF16()
       : low_bytes(repeat128(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14))),
         mask(repeat16(static_cast<short>(0xBF80))) {}
-  NG_INLINE V even(const E4m3AsF16& e, V pairs) { return bit_and(signed_right1(look_up(pairs, e.low_bytes)), e.mask); }
-  NG_INLINE V odd(const E4m3AsF16& e, V pairs) { return bit_and(signed_right1(pairs), e.mask); }
+  NG_INLINE V even(const E4m3AsF16& e, V pairs) { return bit_and(signed_right<1>(look_up(pairs, e.low_bytes)), e.mask); }
+  NG_INLINE V odd(const E4m3AsF16& e, V pairs) { return bit_and(signed_right<1>(pairs), e.mask); }
 };
 constexpr float kE4m3F16Scale = 256.0f;
 

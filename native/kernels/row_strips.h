@@ -39,6 +39,12 @@ NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
   return tiles;
 }
 
+NG_INLINE std::int64_t count_strips(const GemmArgs& a, int most_rows) {
+  std::int64_t strips = 0;
+  for (int b = 0; b < a.block_count; ++b) strips += (a.blocks[b].rows + most_rows - 1) / most_rows;
+  return strips;
+}
+
 template <class Kernel, int rows>
 NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   if constexpr (rows > 1) {
@@ -74,8 +80,7 @@ void gemm_strips(const GemmArgs& a) {
       done = 2 * half;
     }
   }
-  int all_strips = 0;
-  for (int b = 0; b < a.block_count; ++b) all_strips += (a.blocks[b].rows + Kernel::most_rows - 1) / Kernel::most_rows;
+  const std::int64_t all_strips = count_strips(a, Kernel::most_rows);
   std::int64_t chunk = all_strips == 1 ? Kernel::single_strip_units : all_strips <= kFewStrips ? Kernel::few_strip_units : Kernel::chunk_units;
   if constexpr (requires { Kernel::in_order_units; }) {
     if (a.in_order && all_strips <= kFewStrips) chunk = Kernel::in_order_units;

@@ -9,6 +9,8 @@ namespace {
 constexpr float kWideLimit = 16319.0f;
 // The sum over a row of |q| times the largest weight (255 with its offset) must fit in int32.
 constexpr float kSumLimit = 2147483648.0f / 256.0f;
+// Whole integers cost what halves of them would: more bits are free.
+constexpr float kWideError = 0.001f;
 // A row whose mean magnitude says at least this share of its root mean square, as that of a normal distribution does, has no
 // channels that stand out (300 normal values scatter by 1.5 %).
 constexpr float kNormal = 0.97f;
@@ -71,7 +73,8 @@ float choose_scale(const PrepareArgs& a, const Spread& spread) {
   const float typical = 1.2533141f * spread.absolute_sum / count;
   // rounding to a grid of step s leaves an error of s / sqrt(12) in the mean square
   const bool normal = typical >= kNormal * rms;
-  const float allowed = normal && a.normal_error > a.target_error ? a.normal_error : a.target_error;
+  float allowed = normal && a.normal_error > a.target_error ? a.normal_error : a.target_error;
+  if (a.form == RowForm::wide && allowed > kWideError) allowed = kWideError;
   const float wanted = allowed * 3.4641016f * (typical < rms ? typical : rms);
   float scale = one_half;
   if (wanted < one_half) {

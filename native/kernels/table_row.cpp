@@ -27,6 +27,7 @@ constexpr KernelTable row(bool in_order) {
       NUMAGRAFT_TILES ? 2 : 0,
       in_order,
       NUMAGRAFT_TILES,
+      NUMAGRAFT_QUANTISED_FORM == RowForm::wide && NUMAGRAFT_GROUPED_FORM == RowForm::halves ? kWholeRowsFrom : 0,
       &prepare,
       &gemm,
       &store_rows,

@@ -77,9 +77,9 @@ InputErrors input_errors(const WeightFormat& format, bool rerounds) {
 }
 // silu(g) u is heavy-tailed: of 32 rows, every unit of 64 inputs has some that exceed one half. A list takes as long as it has
 // entries: at 0.85 % allowed it would hold 14 % of the groups of four, at kListedError 3.5 %.
-float inner_error(const WeightFormat& format, bool listed) {
+float inner_error(const WeightFormat& format, HighHalves high) {
   if (format.activations == Activations::bf16) return 0.0f;
-  return listed ? kListedError : 0.0085f;
+  return high == HighHalves::listed ? kListedError : 0.0085f;
 }
 
 }  // namespace
@@ -113,7 +113,7 @@ struct ExpertsWeights::Call {
   bool split_replicas = false;
   bool self_prepared = false;
   bool in_chunks = false;  // replicas take from each other's work
-  bool listed = false;     // the inner rows' high halves: decided for all tokens of a call, so that every placement agrees
+  HighHalves inner_high = HighHalves::apart;  // of inner rows: decided for all tokens of a call, so that every placement agrees
   std::deque<Routing> routings;
   std::deque<Work> works;
   std::vector<std::vector<Work*>> works_of_shard;
@@ -172,8 +172,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
     const std::int64_t tokens = call.tokens.end - call.tokens.begin;
     call.split_replicas = tokens >= kSplitReplicaTokens;
     call.self_prepared = tokens <= kSelfPreparedTokens;
-    call.listed = kernels_->lists && format_.kind == WeightKind::int8 && format_.activations != Activations::bf16 &&
-                  x.rows * ids.slots >= kListedRows * shape_.experts;
+    call.inner_high = inner_high(x.rows * ids.slots);
     call.in_chunks = call.split_replicas && lease != nullptr && lease->groups().size() > 1;
     const auto& shards = teams_.shards();
     call.works_of_shard.resize(shards.size());
@@ -198,7 +197,7 @@ void ExpertsWeights::compute(const MatrixView& x, const ExpertIds& ids, const Ma
         std::size_t bytes = whole_lines(static_cast<std::size_t>(work.routing->pairs() * place.frame) * 2);
         const std::size_t prepared_at = bytes;
         for (const Routing::Expert& expert : work.routing->experts) {
-          work.inner_rows.emplace_back(*kernels_, format_.kind, place.frame, expert.rows, kBlockRows, call.listed);
+          work.inner_rows.emplace_back(*kernels_, format_.kind, place.frame, expert.rows, kBlockRows, call.inner_high);
           work.inner_offsets.push_back(bytes - prepared_at);
           bytes += whole_lines(work.inner_rows.back().bytes());
         }
@@ -360,6 +359,14 @@ void ExpertsWeights::run_chunk(const Call& call, Seat& seat, int stage, std::int
   }
 }
 
+// Of a call with so many rows, all experts together. silu(g) u is so heavy-tailed that nearly every unit of inner rows has integers
+// beyond int8. What 15 bits are asked for keeps the weights as they are, too.
+HighHalves ExpertsWeights::inner_high(std::int64_t rows) const {
+  if (format_.activations == Activations::bf16) return HighHalves::apart;
+  if (kernels_->lists && format_.kind == WeightKind::int8 && rows >= kListedRows * shape_.experts) return HighHalves::listed;
+  return kernels_->whole_rows_from > 0 && rows >= kernels_->whole_rows_from * shape_.experts ? HighHalves::whole : HighHalves::apart;
+}
+
 std::int64_t ExpertsWeights::down_panels(const Seat& seat) const { return places_[static_cast<std::size_t>(seat.role.part)].down.layout.panels; }
 
 // The tokens that a worker prepares: all, or its share of those that its node needs.
@@ -454,7 +461,7 @@ void ExpertsWeights::prepare_inner(const Call& call, const Work& work, Range min
   for (std::int64_t pair = mine.begin; pair < mine.end; ++pair) {
     while (pair >= work.routing->experts[expert].first + work.routing->experts[expert].rows) ++expert;
     work.inner_rows[expert].prepare(work.prepared + work.inner_offsets[expert], pair - work.routing->experts[expert].first,
-                                    work.inner + pair * frame, DType::bf16, inner_error(format_, call.listed), 0, nullptr,
+                                    work.inner + pair * frame, DType::bf16, inner_error(format_, call.inner_high), 0, nullptr,
                                     pair + 1 < mine.end ? work.inner + (pair + 1) * frame : nullptr, streamed);
   }
 }
@@ -464,9 +471,10 @@ void ExpertsWeights::multiply_down(const Call& call, Seat& seat, Range mine, Rea
   const std::int64_t tokens = work.tokens.end - work.tokens.begin;
   if (tokens == 0) return;
   const ExpertsPlace& place = places_[static_cast<std::size_t>(seat.role.part)];
-  // Most units of the inner rows have a high half, where these are not listed.
-  const RowSet full(*kernels_, format_.kind, place.frame, kBlockRows);
-  const Pieces pieces = pieces_of(place.down.layout, work.routing->most_rows, call.listed ? full.low_block_bytes() : full.bytes());
+  // Most units of the inner rows have a high half, where these are apart.
+  const RowSet full(*kernels_, format_.kind, place.frame, kBlockRows, kBlockRows, call.inner_high);
+  const bool low = call.inner_high == HighHalves::listed;
+  const Pieces pieces = pieces_of(place.down.layout, work.routing->most_rows, low ? full.low_block_bytes() : full.bytes());
   const std::int64_t chunk = std::max<std::int64_t>(pieces.sum_bytes() / (tokens * kPanelColumns * 4), 1);
   for (std::int64_t first = mine.begin; first < mine.end; first += chunk) {
     const std::int64_t panels = std::min(chunk, mine.end - first);

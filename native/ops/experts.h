@@ -78,6 +78,7 @@ class ExpertsWeights {
   void run_chunk(const Call& call, Seat& seat, int stage, std::int64_t index, std::byte* row, Reader& reader) const;
   Range needed_tokens(const Call& call, const Worker& worker, const std::vector<Seat>& seats) const;
   std::int64_t down_panels(const Seat& seat) const;
+  HighHalves inner_high(std::int64_t rows) const;
   void prepare_inputs(const Call& call, Range needed, std::byte* inputs, std::byte* row) const;
   void gate_and_up(const Call& call, Seat& seat, Reader& reader) const;
   void gate_and_up_of(const Call& call, Seat& seat, std::size_t expert, Range pairs_of_panels, Reader& reader) const;

@@ -13,12 +13,17 @@ struct InputErrors {
   float normal = 0;  // of rows that are normally distributed, if larger
 };
 
+// How integers beyond int8 are kept: a second half of the row's, where some unit has one; that as lists, or whole 16-bit integers,
+// where the kernel takes these for the format.
+enum class HighHalves { apart, listed, whole };
+
 // How prepared input rows lie in scratch memory: blocks of up to `block_rows` rows (32, or 1: each row by itself), all
 // full but the last. Arithmetic only; it owns nothing.
 class RowSet {
  public:
-  // `lists`: blocks whose kernel takes them have lists of high halves; rows are then prepared with kListedError or more.
-  RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows = kBlockRows, bool lists = false);
+  // Rows whose high halves are listed are prepared with an error of kListedError or more.
+  RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows = kBlockRows,
+         HighHalves high = HighHalves::apart);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t blocks() const { return (rows_ + block_rows_ - 1) / block_rows_; }
@@ -65,7 +70,7 @@ class RowSet {
   int block_rows_;
   bool tiles_;
   bool lists_;
-  bool group_sums_;  // int4 and mxfp4: there is room for them
+  bool group_sums_;  // int4 and mxfp4 in halves: there is room for them
   bool sums_read_;   // by vectors, which few rows are left to
   std::size_t full_block_bytes_;
   std::size_t bytes_;
