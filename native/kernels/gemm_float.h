@@ -71,12 +71,13 @@ NG_INLINE void f16_half_unit(const std::uint16_t* w, int first, const float* x, 
 
 // `first`: the first of `count` vectors of columns.
 template <int rows, int count, int sums>
-NG_INLINE void bf16_half_unit(const std::byte* w, std::int64_t apart, int first, const float* x, bool fresh, const Requests& requests,
+NG_INLINE void bf16_half_unit(const std::byte* w, std::int64_t apart, int first, const float* x, bool fresh, Feed* feed, const Requests& requests,
                               VF (&sum)[rows][count][sums]) {
   const V high_half = repeat32(static_cast<int>(0xFFFF0000u));
 #pragma GCC unroll 2
   for (int pair = 0; pair < 16; ++pair) {
-    if (fresh) requests.ask(w, pair);
+    if (feed != nullptr) feed->ask();
+    if (feed == nullptr && fresh) requests.ask(w, pair);
 #pragma GCC unroll 2
     for (int v = 0; v < count; v += 2) {
 #pragma GCC unroll 2
@@ -126,7 +127,7 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
         const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
         for (int half = 0; half < 2; ++half) {
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, Requests::of_tiles(a.in_order, kBf16HalfTile), sum);
+            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, strip.feed, Requests::of_tiles(false, kBf16HalfTile), sum);
           } else {
             const std::byte* bytes = w + half * 1024;
             if (rows == 1 && strip.alone) {
@@ -200,7 +201,7 @@ __attribute__((noinline)) void float_two_panels(const GemmArgs& a, TwoPanels pan
         for (int tile = 0; tile < 2; ++tile) {
           const std::byte* w = weights + unit * layout.unit_bytes + (half * 2 + tile) * half_tile;
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<1, kFloatVectors, sums>(w, apart, 0, x, true, Requests::of_panels(apart), sum[tile]);
+            bf16_half_unit<1, kFloatVectors, sums>(w, apart, 0, x, true, nullptr, Requests::of_panels(apart), sum[tile]);
           } else {
             std::uint16_t* expanded = expanded_units + tile * kHalfUnit;
             std::uint16_t* other = expanded_units + (1 - tile) * kHalfUnit;
@@ -238,6 +239,14 @@ struct Floats {
   static constexpr std::int64_t few_strip_units = kFp8Block / kUnitInputs;
   static constexpr std::int64_t single_strip_units = 0;
   static constexpr std::int64_t in_order_units = 2;
+  // Lines that strips of so many rows go over, of one unit; those of fp8 are asked for as they are expanded.
+  static std::int64_t visits(int rows) {
+    if (kind == WeightKind::fp8) return 0;
+    std::int64_t passes = 0;
+    const int strips = (rows + most_rows - 1) / most_rows;
+    for (int i = 0; i < strips; ++i) passes += kFloatVectors / columns_together((rows + i) / strips);
+    return 32 * passes;
+  }
   alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

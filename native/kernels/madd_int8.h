@@ -11,12 +11,13 @@ namespace {
 // Bytes of a line are four inputs of a column; in 16 bits, the even two and the odd two: what a multiply-add adds up belongs
 // to one column, and one operation widens.
 template <int rows, int count>
-NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, bool in_order, V (&sum)[rows][count]) {
+NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, Feed* feed, V (&sum)[rows][count]) {
   const V even = repeat16(0xFF);
-  const Requests requests = Requests::of_tiles(in_order, 1024);
+  const Requests requests = Requests::of_tiles(false, 1024);
 #pragma GCC unroll 2
   for (int i = 0; i < 16; ++i) {
-    if (fresh && first == 0) requests.ask(w, i);
+    if (feed != nullptr) feed->ask();
+    if (feed == nullptr && fresh && first == 0) requests.ask(w, i);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 2
@@ -58,7 +59,7 @@ void int8_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float*
     }
     for (std::int64_t unit = strip.first_unit; unit < strip.last_unit; ++unit) {
       const std::byte* x = block.low + (unit * block.stride_rows + strip.first_row) * kUnitInputs * 2;
-      int8_unit<rows, count>(weights + unit * layout.unit_bytes, first, x, strip.fresh, a.in_order, sum);
+      int8_unit<rows, count>(weights + unit * layout.unit_bytes, first, x, strip.fresh, strip.feed, sum);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -123,6 +124,13 @@ struct Int8 {
   static constexpr std::int64_t few_strip_units = 4;
   static constexpr std::int64_t single_strip_units = 0;
   static constexpr std::int64_t in_order_units = 2;
+  // Lines that strips of so many rows go over, of one unit.
+  static std::int64_t visits(int rows) {
+    std::int64_t passes = 0;
+    const int strips = (rows + most_rows - 1) / most_rows;
+    for (int i = 0; i < strips; ++i) passes += kVectors / side_by_side((rows + i) / strips);
+    return 16 * passes;
+  }
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);

@@ -15,10 +15,20 @@ NG_INLINE V repeat_four(const std::byte* inputs) {
   return repeat32(four);
 }
 
+// What memory is asked for at a line: the one so many bytes ahead (0: nothing), or what a feed says.
+struct Asks {
+  std::int64_t ahead = 0;
+  Feed* feed = nullptr;
+  NG_INLINE_MEMBER void ask(const std::byte* line) const {
+    if (feed != nullptr) feed->ask();
+    if (feed == nullptr && ahead > 0) prefetch_line(line, ahead);
+  }
+};
+
 // Adds lines [begin, end) of a group of 32 inputs up in 16 bits, of the tile at `w` and, where `count` says so, of the one
-// `apart` from it; `onto`: to what is in `narrow` already; `ahead`: of requests, 0: none.
+// `apart` from it; `onto`: to what is in `narrow` already; `asks`: for what comes later.
 template <WeightKind kind, int group, int begin, int end, bool onto, int rows, int count>
-NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::byte* const (&x)[rows], std::int64_t ahead, V (&narrow)[rows][count]) {
+NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::byte* const (&x)[rows], const Asks& asks, V (&narrow)[rows][count]) {
   const V mask = ones8(15);
   const V table = mxfp4_table();
   // The second group loads again what the first has loaded: gcc would keep all of it on the stack.
@@ -37,7 +47,7 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
 #pragma GCC unroll 2
       for (int v = 0; v < count; ++v) {
         const std::byte* from = w + i * 64 + v * kVectorBytes;
-        if (ahead > 0 && v == 0) prefetch_line(from, ahead);
+        if (v == 0) asks.ask(from);
         const V pair = load_bytes(from);
         values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
       }
@@ -60,7 +70,7 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
     for (int v = 0; v < count; ++v) {
       const std::byte* from = w + v / kParts * apart + i * 64 + v % kParts * kVectorBytes;
       // Memory wants requests spread: where two tiles are read side by side, one tile's with either group.
-      if (ahead > 0 && v % kParts == 0 && (count < kVectors || v / kParts == group)) prefetch_line(from, ahead);
+      if (v % kParts == 0 && (count < kVectors || v / kParts == group)) asks.ask(from);
       const V pair = load_bytes(from);
       values[v] = bit_and(group == 0 ? pair : right4(pair), mask);
       if constexpr (kind == WeightKind::mxfp4) values[v] = look_up(table, values[v]);
@@ -90,17 +100,17 @@ NG_INLINE void nibble_lines(const std::byte* w, std::int64_t apart, const std::b
 
 // `count` vectors of a unit's columns, which begin at the tile `w`, over one group of 32 inputs: 32-bit sums.
 template <WeightKind kind, int group, int rows, int count>
-NG_INLINE void nibble_group(const std::byte* w, const std::byte* const (&x)[rows], std::int64_t ahead, V (&sum)[rows][count]) {
+NG_INLINE void nibble_group(const std::byte* w, const std::byte* const (&x)[rows], const Asks& asks, V (&sum)[rows][count]) {
   constexpr int run = kind == WeightKind::mxfp4 ? 4 : 8;  // 8 x 2 x 24 x 127 would overflow
   V narrow[rows][count];
-  nibble_lines<kind, group, 0, run, false>(w, kNibbleTile, x, ahead, narrow);
+  nibble_lines<kind, group, 0, run, false>(w, kNibbleTile, x, asks, narrow);
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < count; ++v) sum[r][v] = madd(narrow[r][v], ones16());
   }
   if constexpr (run < 8) {
-    nibble_lines<kind, group, run, 8, false>(w, kNibbleTile, x, ahead, narrow);
+    nibble_lines<kind, group, run, 8, false>(w, kNibbleTile, x, asks, narrow);
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
@@ -153,7 +163,7 @@ struct TwoTiles {
 // One row: its sums stay in registers, and high and low halves meet the weights in one pass. `begin`: of WrappingSums.
 template <WeightKind kind, bool symmetric, int group>
 NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int row, std::int64_t unit, bool with_high, const TwoTiles& w,
-                             std::int64_t ahead, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
+                             const Asks& asks, const std::int32_t (*begin)[2], VF (&total)[kVectors]) {
   constexpr bool wraps = kind == WeightKind::mxfp4;
   const std::int64_t at = unit * block.stride_rows + row;
   V sum[kVectors];
@@ -166,7 +176,7 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
         narrow[1][v] = repeat32(begin[1][group]);
       }
     }
-    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, ahead, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 2, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs, block.high + at * kUnitInputs}, asks, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = add32(madd(narrow[0][v], ones16()), madd(narrow[1][v], repeat16(128)));
   } else {
@@ -175,7 +185,7 @@ NG_INLINE void add_row_group(const Layout& layout, const RowBlock& block, int ro
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) narrow[0][v] = repeat32(begin[0][group]);
     }
-    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs}, ahead, narrow);
+    nibble_lines<kind, group, 0, 8, wraps, 1, kVectors>(w.lines, w.apart, {block.low + at * kUnitInputs}, asks, narrow);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] = madd(narrow[0][v], ones16());
   }
@@ -198,7 +208,7 @@ template <WeightKind kind, bool symmetric>
 void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[maybe_unused]] WrappingSums& wrapping, float* c) {
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
-  const std::int64_t ahead = strip.fresh ? kPrefetchAhead : 0;
+  const Asks asks{strip.fresh ? kPrefetchAhead : 0};
   const std::uint8_t mask = strip_flags(strip, 1);
   if constexpr (kind == WeightKind::mxfp4) wrapping.prepare(block, strip.first_row, strip.first_unit, strip.last_unit, mask);
   VF total[kVectors];
@@ -214,11 +224,11 @@ void nibble_row(const GemmArgs& a, std::int64_t panel, const Strip& strip, [[may
     if (strip.fresh) {
       for (std::int64_t line = layout.data_bytes; line < half; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, tiles, ahead, begin, total);
+    add_row_group<kind, symmetric, 0>(layout, block, strip.first_row, unit, with_high, tiles, asks, begin, total);
     if (strip.fresh) {
       for (std::int64_t line = half; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
-    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, tiles, ahead, begin, total);
+    add_row_group<kind, symmetric, 1>(layout, block, strip.first_row, unit, with_high, tiles, asks, begin, total);
   }
   const VF scale = repeat(strip.last_unit == layout.units ? block.scale[strip.first_row] * kNibbleScale<kind> : 1.0f);
 #pragma GCC unroll 4
@@ -247,8 +257,8 @@ void nibble_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_u
     if constexpr (kind == WeightKind::mxfp4) begin = wrapping.begin[unit - first_unit];
     for (int tile = 0; tile < 2; ++tile) {
       const TwoTiles tiles{w + tile * kNibbleTile, apart, w + layout.data_bytes, apart, tile * kParts, tile * kParts};
-      add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, kPrefetchAheadInOrder, begin, total[tile]);
-      add_row_group<kind, symmetric, 1>(layout, block, 0, unit, with_high, tiles, kPrefetchAheadInOrder, begin, total[tile]);
+      add_row_group<kind, symmetric, 0>(layout, block, 0, unit, with_high, tiles, Asks{kPrefetchAheadInOrder}, begin, total[tile]);
+      add_row_group<kind, symmetric, 1>(layout, block, 0, unit, with_high, tiles, Asks{kPrefetchAheadInOrder}, begin, total[tile]);
     }
     for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) {
       prefetch_line(w + line, kPrefetchAheadInOrder);
@@ -263,14 +273,14 @@ void nibble_two_panels(const GemmArgs& a, TwoPanels panels, std::int64_t first_u
 
 // More rows: what a group adds goes to c at once, high and low halves after each other.
 template <WeightKind kind, bool symmetric, int group, int rows, int count, bool high>
-NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int first, const std::byte* x, const float* group_sum, std::int64_t ahead,
+NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int first, const std::byte* x, const float* group_sum, const Asks& asks,
                                 float* c) {
   constexpr float offset = kind == WeightKind::mxfp4 ? kMxfp4Offset : 8.0f;
   const std::byte* inputs[rows];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) inputs[r] = x + r * kUnitInputs;
   V sum[rows][count];
-  nibble_group<kind, group, rows, count>(w + first / kParts * kNibbleTile, inputs, ahead, sum);
+  nibble_group<kind, group, rows, count>(w + first / kParts * kNibbleTile, inputs, asks, sum);
 #pragma GCC unroll 4
   for (int v = 0; v < count; ++v) {
     VF scale, minimum;
@@ -291,14 +301,20 @@ NG_INLINE void add_nibble_group(const Layout& layout, const std::byte* w, int fi
   }
 }
 
+// Three rows of mxfp4 side by side have more sums, tables and offsets than there are registers.
+template <WeightKind kind>
+constexpr int nibbles_side_by_side(int rows) {
+  return kind == WeightKind::mxfp4 && kParts == 2 && rows == 3 ? kVectors / 2 : side_by_side(rows);
+}
+
 template <WeightKind kind, bool symmetric, int rows>
 void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
-  // Three rows of mxfp4 side by side have more sums, tables and offsets than there are registers.
-  constexpr int count = kind == WeightKind::mxfp4 && kParts == 2 && rows == 3 ? kVectors / 2 : side_by_side(rows);
+  constexpr int count = nibbles_side_by_side<kind>(rows);
   const Layout& layout = *a.layout;
   const RowBlock& block = *strip.block;
   const std::uint8_t mask = strip_flags(strip, rows);
-  const std::int64_t ahead = strip.fresh ? kPrefetchAhead : 0;
+  const Asks asks{strip.fresh ? kPrefetchAhead : 0, strip.feed};
+  const Asks none{};
   if (strip.first_unit == 0) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -311,15 +327,15 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
     const std::byte* low = block.low + at * kUnitInputs;
     const std::byte* high = block.high + at * kUnitInputs;
     const float* group_sum = block.group_sum + at * 2;
-    if (strip.fresh) {
+    if (strip.fresh && strip.feed == nullptr) {
       for (std::int64_t line = layout.data_bytes; line < layout.unit_bytes; line += 64) prefetch_line(w + line);
     }
     for (int first = 0; first < kVectors; first += count) {
-      add_nibble_group<kind, symmetric, 0, rows, count, false>(layout, w, first, low, group_sum, ahead, c);
-      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, count == kVectors ? ahead : 0, c);
+      add_nibble_group<kind, symmetric, 0, rows, count, false>(layout, w, first, low, group_sum, asks, c);
+      add_nibble_group<kind, symmetric, 1, rows, count, false>(layout, w, first, low, group_sum, count == kVectors || strip.feed != nullptr ? asks : none, c);
       if (block.flags[unit] & mask) {
-        add_nibble_group<kind, symmetric, 0, rows, count, true>(layout, w, first, high, nullptr, 0, c);
-        add_nibble_group<kind, symmetric, 1, rows, count, true>(layout, w, first, high, nullptr, 0, c);
+        add_nibble_group<kind, symmetric, 0, rows, count, true>(layout, w, first, high, nullptr, none, c);
+        add_nibble_group<kind, symmetric, 1, rows, count, true>(layout, w, first, high, nullptr, none, c);
       }
     }
   }
@@ -340,6 +356,17 @@ struct Nibbles {
   static constexpr std::int64_t chunk_units = 4;  // sums go to c for every group: what matters is that L1 holds the inputs
   static constexpr std::int64_t few_strip_units = 4;
   static constexpr std::int64_t single_strip_units = kind == WeightKind::mxfp4 ? kWrappingUnits : 0;
+  static constexpr std::int64_t in_order_units = 4;
+  // Lines that strips of so many rows go over, of one unit.
+  static std::int64_t visits(int rows) {
+    std::int64_t passes = 0;
+    const int strips = (rows + most_rows - 1) / most_rows;
+    for (int i = 0; i < strips; ++i) {
+      const int of_strip = (rows + i) / strips;
+      passes += of_strip == 1 ? 0 : kVectors / nibbles_side_by_side<kind>(of_strip);
+    }
+    return 16 * passes;
+  }
   WrappingSums wrapping;
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

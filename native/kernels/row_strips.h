@@ -14,6 +14,17 @@ constexpr int kFewStrips = 4;
 template <WeightKind kind>
 constexpr float kNibbleScale = kind == WeightKind::mxfp4 ? 0.5f : 1.0f;
 
+// Lines of the next chunk that memory is asked for while this one is multiplied, as evenly as visits come.
+struct Feed {
+  const std::byte* next;
+  std::int64_t lines;
+  std::int64_t visits;
+  std::int64_t due = 0;
+  NG_INLINE_MEMBER void ask() {
+    for (due += lines; due >= visits; due -= visits, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+  }
+};
+
 // Rows [first_row, first_row + rows) of a block over units [first_unit, last_unit) of a panel.
 struct Strip {
   const RowBlock* block;
@@ -22,6 +33,7 @@ struct Strip {
   std::int64_t last_unit;
   bool fresh;  // first strip over these weights: they come from memory
   bool alone;  // no other strip meets them
+  Feed* feed;  // where lines are read in order, of all strips of a chunk; null: the first asks
 };
 
 // Two panels that one row reads side by side.
@@ -90,6 +102,10 @@ void gemm_strips(const GemmArgs& a) {
     float* const panel_c = a.c + panel * a.c_panel_stride;
     for (std::int64_t first = a.first_unit; first < a.last_unit; first += chunk) {
       const std::int64_t last = first + chunk < a.last_unit ? first + chunk : a.last_unit;
+      Feed feed{a.panel + panel * a.layout->panel_bytes + last * a.layout->unit_bytes, (last - first) * a.layout->unit_bytes / 64, 0};
+      if constexpr (requires { Kernel::visits(0); }) {
+        for (int b = 0; b < a.block_count; ++b) feed.visits += (last - first) * Kernel::visits(a.blocks[b].rows);
+      }
       float* c = panel_c;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
@@ -97,7 +113,7 @@ void gemm_strips(const GemmArgs& a) {
         int row = 0;
         for (int i = 0; i < strips; ++i) {
           const int count = (block.rows - row + strips - i - 1) / (strips - i);
-          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0, all_strips == 1},
+          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0, all_strips == 1, a.in_order && feed.visits > 0 ? &feed : nullptr},
                                                c + row * kPanelColumns);
           row += count;
         }

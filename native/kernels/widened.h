@@ -43,17 +43,6 @@ NG_INLINE std::byte* widened_vector(std::byte* to, int vector, std::int64_t unit
 }
 NG_INLINE void store_step(std::byte* to, int step, V v) { store_bytes(to + step * 2 * kVectorBytes, v); }
 
-// Lines of the next chunk that memory is asked for while this one is multiplied, as evenly as visits of a unit come.
-struct Feed {
-  const std::byte* next;
-  std::int64_t lines;
-  std::int64_t visits;
-  std::int64_t due = 0;
-  NG_INLINE_MEMBER void ask() {
-    for (due += lines; due >= visits; due -= visits, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
-  }
-};
-
 // A chunk as strips of rows meet it.
 struct WidenedChunk {
   const std::byte* weights;
