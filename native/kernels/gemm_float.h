@@ -127,7 +127,7 @@ __attribute__((noinline)) void float_rows(const GemmArgs& a, std::int64_t panel,
         const std::byte* w = a.panel + panel * layout.panel_bytes + unit * layout.unit_bytes;
         for (int half = 0; half < 2; ++half) {
           if constexpr (kind == WeightKind::bf16) {
-            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, strip.feed, Requests::of_tiles(false, kBf16HalfTile), sum);
+            bf16_half_unit<rows, count, sums>(w + half * 2048, kBf16HalfTile, begin, x + half * 32, fresh, strip.feed, Requests::of_tiles(kBf16HalfTile), sum);
           } else {
             const std::byte* bytes = w + half * 1024;
             if (rows == 1 && strip.alone) {
@@ -241,11 +241,7 @@ struct Floats {
   static constexpr std::int64_t in_order_units = 2;
   // Lines that strips of so many rows go over, of one unit; those of fp8 are asked for as they are expanded.
   static std::int64_t visits(int rows) {
-    if (kind == WeightKind::fp8) return 0;
-    std::int64_t passes = 0;
-    const int strips = (rows + most_rows - 1) / most_rows;
-    for (int i = 0; i < strips; ++i) passes += kFloatVectors / columns_together((rows + i) / strips);
-    return 32 * passes;
+    return kind == WeightKind::fp8 ? 0 : 32 * count_passes(rows, most_rows, [](int of_strip) { return kFloatVectors / columns_together(of_strip); });
   }
   alignas(64) std::uint16_t expanded[kind == WeightKind::fp8 ? 2 * kFloatChunkUnits * kHalfUnit : 1];
   template <int rows>

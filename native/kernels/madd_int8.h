@@ -13,7 +13,7 @@ namespace {
 template <int rows, int count>
 NG_INLINE void int8_unit(const std::byte* w, int first, const std::byte* x, bool fresh, Feed* feed, V (&sum)[rows][count]) {
   const V even = repeat16(0xFF);
-  const Requests requests = Requests::of_tiles(false, 1024);
+  const Requests requests = Requests::of_tiles(1024);
 #pragma GCC unroll 2
   for (int i = 0; i < 16; ++i) {
     if (feed != nullptr) feed->ask();
@@ -126,10 +126,7 @@ struct Int8 {
   static constexpr std::int64_t in_order_units = 2;
   // Lines that strips of so many rows go over, of one unit.
   static std::int64_t visits(int rows) {
-    std::int64_t passes = 0;
-    const int strips = (rows + most_rows - 1) / most_rows;
-    for (int i = 0; i < strips; ++i) passes += kVectors / side_by_side((rows + i) / strips);
-    return 16 * passes;
+    return 16 * count_passes(rows, most_rows, [](int of_strip) { return kVectors / side_by_side(of_strip); });
   }
   template <int rows>
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {

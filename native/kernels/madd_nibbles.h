@@ -359,13 +359,7 @@ struct Nibbles {
   static constexpr std::int64_t in_order_units = 4;
   // Lines that strips of so many rows go over, of one unit.
   static std::int64_t visits(int rows) {
-    std::int64_t passes = 0;
-    const int strips = (rows + most_rows - 1) / most_rows;
-    for (int i = 0; i < strips; ++i) {
-      const int of_strip = (rows + i) / strips;
-      passes += of_strip == 1 ? 0 : kVectors / nibbles_side_by_side<kind>(of_strip);
-    }
-    return 16 * passes;
+    return 16 * count_passes(rows, most_rows, [](int of_strip) { return of_strip == 1 ? 0 : kVectors / nibbles_side_by_side<kind>(of_strip); });
   }
   WrappingSums wrapping;
   template <int rows>

@@ -22,19 +22,15 @@ constexpr std::int64_t kPrefetchAheadInOrder = 1024;
 NG_INLINE void prefetch_line(const std::byte* p, std::int64_t ahead = kPrefetchAhead) {
   _mm_prefetch(reinterpret_cast<const char*>(p + ahead), _MM_HINT_T1);
 }
-// Which two lines to ask for at each step over two streams: one of each, or, in order, the next two of a unit whose tiles are the
-// streams.
+// Which two lines to ask for at each step over two streams: one of each. The tiles of a unit are read in turn, panels in order.
 struct Requests {
-  std::int64_t step;
-  std::int64_t second;
+  std::int64_t apart;
   std::int64_t ahead;
-  NG_INLINE_MEMBER static Requests of_tiles(bool in_order, std::int64_t tile_bytes) {
-    return in_order ? Requests{128, 64, kPrefetchAheadInOrder} : Requests{64, tile_bytes, kPrefetchAhead};
-  }
-  NG_INLINE_MEMBER static Requests of_panels(std::int64_t apart) { return {64, apart, kPrefetchAheadInOrder}; }
+  NG_INLINE_MEMBER static Requests of_tiles(std::int64_t tile_bytes) { return {tile_bytes, kPrefetchAhead}; }
+  NG_INLINE_MEMBER static Requests of_panels(std::int64_t apart) { return {apart, kPrefetchAheadInOrder}; }
   NG_INLINE_MEMBER void ask(const std::byte* lines, int i) const {
-    prefetch_line(lines + i * step, ahead);
-    prefetch_line(lines + i * step + second, ahead);
+    prefetch_line(lines + i * 64, ahead);
+    prefetch_line(lines + i * 64 + apart, ahead);
   }
 };
 // The scales of 32 columns in one row of the side table.

@@ -57,6 +57,15 @@ NG_INLINE std::int64_t count_strips(const GemmArgs& a, int most_rows) {
   return strips;
 }
 
+// Passes over a chunk of all strips of so many rows, each of which takes `passes_of` its height.
+template <class PassesOf>
+NG_INLINE std::int64_t count_passes(int rows, int most_rows, PassesOf passes_of) {
+  std::int64_t passes = 0;
+  const int strips = (rows + most_rows - 1) / most_rows;
+  for (int i = 0; i < strips; ++i) passes += passes_of((rows + i) / strips);
+  return passes;
+}
+
 template <class Kernel, int rows>
 NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
   if constexpr (rows > 1) {
@@ -70,8 +79,8 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
 // run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
-// run_two_panels(args, panels, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order: a
-// chunk is then asked for while the one before it is multiplied.
+// run_two_panels(args, panels, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order. With
+// visits(rows), how often a block of so many rows goes over a line of a unit's tiles, its strips are then given a feed.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
