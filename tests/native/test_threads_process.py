@@ -185,7 +185,14 @@ def test_caller_takes_a_slot_and_threads_go_with_the_last_runtime() -> None:
     r.observe_workers([0, 1])
     print(sum(name.startswith("numagraft") for name in thread_names()))
     del r
-    print(sum(name.startswith("numagraft") for name in thread_names()))
+    # the kernel lists a thread for a moment after it was joined
+    import time
+    for _ in range(200):
+        left = sum(name.startswith("numagraft") for name in thread_names())
+        if left == 0:
+            break
+        time.sleep(0.01)
+    print(left)
     """
     # on one node of two threads: one beside the caller; on both nodes: one and two
     assert outcome(body).split() == ["0", "1", "3", "0"]
