@@ -66,7 +66,6 @@ NG_INLINE V right12(V a) { return _mm512_srli_epi16(a, 12); }
 template <int bits>
 NG_INLINE V signed_right(V a) { return _mm512_srai_epi16(a, bits); }
 NG_INLINE V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
-NG_INLINE V both_halves(V a) { return _mm512_or_si512(_mm512_slli_epi32(a, 16), _mm512_and_si512(a, _mm512_set1_epi32(0xFFFF))); }
 NG_INLINE V round_to_ints(VF a) { return _mm512_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm512_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
@@ -112,7 +111,6 @@ NG_INLINE V right12(V a) { return _mm256_srli_epi16(a, 12); }
 template <int bits>
 NG_INLINE V signed_right(V a) { return _mm256_srai_epi16(a, bits); }
 NG_INLINE V mul16(V a, V b) { return _mm256_mullo_epi16(a, b); }
-NG_INLINE V both_halves(V a) { return _mm256_or_si256(_mm256_slli_epi32(a, 16), _mm256_and_si256(a, _mm256_set1_epi32(0xFFFF))); }
 NG_INLINE V round_to_ints(VF a) { return _mm256_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm256_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
@@ -136,6 +134,9 @@ NG_INLINE VF power_of_two(const std::byte* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23));
 }
 #endif
+
+// The low 16 bits of every lane in both of its halves.
+NG_INLINE V both_halves(V a) { return add32(left16(a), bit_and(a, repeat32(0xFFFF))); }
 
 // A sum is computed where it is written. Otherwise gcc adds products up with each other first, or late, and keeps many of them
 // at a time: more than there are registers, so that sums go to memory and back.

@@ -51,9 +51,13 @@ NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
   return tiles;
 }
 
+// A block's strips, and of `left` rows in so many strips those of the next: nearly equal heights.
+NG_INLINE int strips_of(int rows, int most_rows) { return (rows + most_rows - 1) / most_rows; }
+NG_INLINE int next_strip(int left, int strips) { return (left + strips - 1) / strips; }
+
 NG_INLINE std::int64_t count_strips(const GemmArgs& a, int most_rows) {
   std::int64_t strips = 0;
-  for (int b = 0; b < a.block_count; ++b) strips += (a.blocks[b].rows + most_rows - 1) / most_rows;
+  for (int b = 0; b < a.block_count; ++b) strips += strips_of(a.blocks[b].rows, most_rows);
   return strips;
 }
 
@@ -61,8 +65,10 @@ NG_INLINE std::int64_t count_strips(const GemmArgs& a, int most_rows) {
 template <class PassesOf>
 NG_INLINE std::int64_t count_passes(int rows, int most_rows, PassesOf passes_of) {
   std::int64_t passes = 0;
-  const int strips = (rows + most_rows - 1) / most_rows;
-  for (int i = 0; i < strips; ++i) passes += passes_of((rows + i) / strips);
+  for (int strips = strips_of(rows, most_rows), height; strips > 0; --strips, rows -= height) {
+    height = next_strip(rows, strips);
+    passes += passes_of(height);
+  }
   return passes;
 }
 
@@ -118,10 +124,10 @@ void gemm_strips(const GemmArgs& a) {
       float* c = panel_c;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
-        const int strips = (block.rows + Kernel::most_rows - 1) / Kernel::most_rows;
+        const int strips = strips_of(block.rows, Kernel::most_rows);
         int row = 0;
         for (int i = 0; i < strips; ++i) {
-          const int count = (block.rows - row + strips - i - 1) / (strips - i);
+          const int count = next_strip(block.rows - row, strips - i);
           run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0, all_strips == 1, a.in_order && feed.visits > 0 ? &feed : nullptr},
                                                c + row * kPanelColumns);
           row += count;

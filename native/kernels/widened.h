@@ -151,9 +151,9 @@ void gemm_widened(const GemmArgs& a) {
       float* c = panel_c;
       for (int b = 0; b < a.block_count; ++b) {
         const RowBlock& block = a.blocks[b];
-        const int count = (block.rows + kMostRows - 1) / kMostRows;
+        const int count = strips_of(block.rows, kMostRows);
         for (int i = 0, row = 0, rows; i < count; ++i, row += rows) {
-          rows = (block.rows - row + count - i - 1) / (count - i);
+          rows = next_strip(block.rows - row, count - i);
           run_widened<Steps, kMostRows>(rows, chunk, block, row, feed, c + row * kPanelColumns);
         }
         c += block.rows * kPanelColumns;
