@@ -3,8 +3,9 @@
 #include "kernels/kernel_table.h"
 #include "kernels/madd_int8.h"
 #include "kernels/madd_nibbles.h"
+#include "kernels/unpacked_nibbles.h"
 #include "kernels/widened_floats.h"
-#include "kernels/widened_integers.h"
+#include "kernels/widened_int8.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
@@ -12,10 +13,11 @@ namespace {
 // Strips from which widening a chunk first pays; fewer wait for memory, which small chunks keep busy.
 constexpr std::int64_t kWidenedInt8Strips = 3;
 constexpr std::int64_t kWidenedFloatStrips = 2;
+constexpr std::int64_t kUnpackedStrips = 3;
 
 template <WeightKind kind, bool symmetric>
 void gemm_nibbles(const GemmArgs& a) {
-  a.blocks[0].form == RowForm::wide ? gemm_widened<WidenedNibbles<kind, symmetric>>(a) : gemm_strips<Nibbles<kind, symmetric>>(a);
+  count_strips(a, kMostRows) >= kUnpackedStrips ? gemm_unpacked<kind, symmetric>(a) : gemm_strips<Nibbles<kind, symmetric>>(a);
 }
 
 }  // namespace

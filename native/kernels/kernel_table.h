@@ -24,6 +24,7 @@ static inline std::int64_t element_bytes(RowForm form) {
 inline constexpr float kListedError = 0.015f;
 inline constexpr std::int64_t kListedPerUnit = 8;
 static_assert(127 * kListedError * 3.4641f * 1.2533f * kListedPerUnit >= kUnitInputs);  // typical size: at most 1.2533 of the mean magnitude
+inline constexpr std::int64_t kInt8UnitBytes = kUnitInputs * kPanelColumns;
 struct ListedFour {
   std::uint32_t at;    // of their weights for the first 16 columns, in bytes of an int8 panel
   std::uint32_t high;  // four high halves
@@ -46,7 +47,7 @@ struct RowBlock {
   const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each; null: nobody reads them
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
   RowLists lists;                         // instead of `high` and `flags`
-  RowForm form = RowForm::wide;           // int4 and mxfp4 may come as `halves` or as `wide`
+  RowForm form = RowForm::wide;
   int rows = 0;
   int stride_rows = 0;
 };
@@ -173,10 +174,9 @@ struct KernelTable {
   // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles. Workers of few rows then
   // also take the last panels as they come, for which a Xeon's prefetchers made them pay.
   bool in_order;
-  bool lists;                   // int8 takes high halves of blocks of more than 16 rows as lists
-  // Rows of a matrix from which int4 and mxfp4 take integers whole rather than in halves, if most have a high half: kernels then
-  // widen the weights, once for all rows. 0: never.
-  int whole_rows_from;
+  // Rows of a block from which high halves may come as lists, of int8 and of int4 and mxfp4; 0: never.
+  int int8_lists_from;
+  int grouped_lists_from;
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);

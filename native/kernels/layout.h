@@ -21,8 +21,6 @@ inline constexpr int kInt4SpanInputs = 1024;
 inline constexpr int kMxfp4SpanInputs = 512;
 // Fewer rows than this multiply int4 and mxfp4 faster, and exactly, without tiles.
 inline constexpr int kReroundRowsFrom = 8;
-// Without VNNI: rows from which one pass over widened nibbles is faster than two passes, for low halves and high.
-inline constexpr int kWholeRowsFrom = 6;
 inline constexpr int kFp8Block = 128;
 // int8 weights are stored as w + 128 in unsigned bytes: the VNNI instructions multiply unsigned by signed.
 inline constexpr int kInt8Offset = 128;

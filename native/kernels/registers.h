@@ -61,11 +61,10 @@ NG_INLINE V madd(V a, V b) { return _mm512_madd_epi16(a, b); }
 NG_INLINE V maddubs(V u, V s) { return _mm512_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm512_and_si512(a, b); }
 NG_INLINE V right4(V a) { return _mm512_srli_epi16(a, 4); }
+NG_INLINE V right_by(V a, int bits) { return _mm512_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
 NG_INLINE V right8(V a) { return _mm512_srli_epi16(a, 8); }
-NG_INLINE V right12(V a) { return _mm512_srli_epi16(a, 12); }
 template <int bits>
 NG_INLINE V signed_right(V a) { return _mm512_srai_epi16(a, bits); }
-NG_INLINE V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
 NG_INLINE V round_to_ints(VF a) { return _mm512_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm512_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm512_shuffle_epi8(table, index); }
@@ -79,6 +78,7 @@ NG_INLINE VF repeat(float x) { return _mm512_set1_ps(x); }
 NG_INLINE VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
 NG_INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
 NG_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+NG_INLINE VF maximum_of(VF a, VF b) { return _mm512_max_ps(a, b); }
 NG_INLINE VF load_floats(const float* p) { return _mm512_loadu_ps(p); }
 NG_INLINE void store_floats(float* p, VF v) { _mm512_storeu_ps(p, v); }
 NG_INLINE VF load_f16(const std::uint16_t* p) { return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -106,11 +106,10 @@ NG_INLINE V madd(V a, V b) { return _mm256_madd_epi16(a, b); }
 NG_INLINE V maddubs(V u, V s) { return _mm256_maddubs_epi16(u, s); }
 NG_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
 NG_INLINE V right4(V a) { return _mm256_srli_epi16(a, 4); }
+NG_INLINE V right_by(V a, int bits) { return _mm256_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
 NG_INLINE V right8(V a) { return _mm256_srli_epi16(a, 8); }
-NG_INLINE V right12(V a) { return _mm256_srli_epi16(a, 12); }
 template <int bits>
 NG_INLINE V signed_right(V a) { return _mm256_srai_epi16(a, bits); }
-NG_INLINE V mul16(V a, V b) { return _mm256_mullo_epi16(a, b); }
 NG_INLINE V round_to_ints(VF a) { return _mm256_cvtps_epi32(a); }
 NG_INLINE V left16(V a) { return _mm256_slli_epi32(a, 16); }
 NG_INLINE V look_up(V table, V index) { return _mm256_shuffle_epi8(table, index); }
@@ -124,6 +123,7 @@ NG_INLINE VF repeat(float x) { return _mm256_set1_ps(x); }
 NG_INLINE VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
 NG_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
 NG_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+NG_INLINE VF maximum_of(VF a, VF b) { return _mm256_max_ps(a, b); }
 NG_INLINE VF load_floats(const float* p) { return _mm256_loadu_ps(p); }
 NG_INLINE void store_floats(float* p, VF v) { _mm256_storeu_ps(p, v); }
 NG_INLINE VF load_f16(const std::uint16_t* p) { return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -134,9 +134,6 @@ NG_INLINE VF power_of_two(const std::byte* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23));
 }
 #endif
-
-// The low 16 bits of every lane in both of its halves.
-NG_INLINE V both_halves(V a) { return add32(left16(a), bit_and(a, repeat32(0xFFFF))); }
 
 // A sum is computed where it is written. Otherwise gcc adds products up with each other first, or late, and keeps many of them
 // at a time: more than there are registers, so that sums go to memory and back.
@@ -168,6 +165,12 @@ NG_INLINE void add_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1
   sum1 = add16(sum1, maddubs(w1, repeat32(x)));
   settle(sum1);
 }
+NG_INLINE void first_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  int x;
+  __builtin_memcpy(&x, inputs, 4);
+  sum0 = maddubs(w0, repeat32(x));
+  sum1 = maddubs(w1, repeat32(x));
+}
 NG_INLINE void add_fma(const float* input, VF w0, VF w1, VF& sum0, VF& sum1) {
   sum0 = fma(repeat(*input), w0, sum0);
   sum1 = fma(repeat(*input), w1, sum1);
@@ -183,6 +186,11 @@ NG_INLINE void add_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1
   V x, product;
   asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpmaddubsw %2, %6, %2\n\tvpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
       : "+x"(sum0), "+x"(sum1), "=&x"(x), "=&x"(product)
+      : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
+}
+NG_INLINE void first_maddubs(const std::byte* inputs, V w0, V w1, V& sum0, V& sum1) {
+  asm("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %0\n\tvpmaddubsw %1, %4, %1"
+      : "=&x"(sum0), "=&x"(sum1)
       : "m"(*reinterpret_cast<const int*>(inputs)), "x"(w0), "x"(w1));
 }
 NG_INLINE void add_fma(const float* input, VF w0, VF w1, VF& sum0, VF& sum1) {

@@ -43,13 +43,11 @@ struct TwoPanels {
   std::int64_t apart(const GemmArgs& a) const { return (panel[1] - panel[0]) * a.layout->panel_bytes; }
 };
 
-// Those flags of a unit that say that one of the strip's rows has a high half.
-NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) {
-  std::uint8_t tiles = 0;
-  if (strip.first_row < 16) tiles |= 1;
-  if (strip.first_row + rows > 16) tiles |= 2;
-  return tiles;
+// Those flags of a unit that say that one of so many rows from `first_row` on has a high half.
+NG_INLINE std::uint8_t tiles_of_rows(int first_row, int rows) {
+  return static_cast<std::uint8_t>((first_row < 16 ? 1 : 0) | (first_row + rows > 16 ? 2 : 0));
 }
+NG_INLINE std::uint8_t strip_flags(const Strip& strip, int rows) { return tiles_of_rows(strip.first_row, rows); }
 
 // A block's strips, and of `left` rows in so many strips those of the next: nearly equal heights.
 NG_INLINE int strips_of(int rows, int most_rows) { return (rows + most_rows - 1) / most_rows; }
@@ -85,8 +83,8 @@ NG_INLINE void run_strip(Kernel& kernel, int count, const GemmArgs& a, std::int6
 //
 // A kernel has most_rows (of a strip), chunk_units (of many strips), few_strip_units, single_strip_units (0: all of them),
 // run<rows>(args, panel, strip, c), and finish(args, panel, c) for what is left to do to a panel's sums. It may have
-// run_two_panels(args, panels, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order. With
-// visits(rows), how often a block of so many rows goes over a line of a unit's tiles, its strips are then given a feed.
+// run_two_panels(args, panels, first unit, last unit), for one row, and in_order_units instead of the last two where memory wants lines in order, and
+// add_lists(args, panel, c), of high halves that are listed. With visits(rows), how often a block of so many rows goes over a line of a unit's tiles, its strips are then given a feed.
 template <class Kernel>
 void gemm_strips(const GemmArgs& a) {
   Kernel kernel;
@@ -135,6 +133,7 @@ void gemm_strips(const GemmArgs& a) {
         c += block.rows * kPanelColumns;
       }
     }
+    if constexpr (requires { kernel.add_lists(a, panel, panel_c); }) kernel.add_lists(a, panel, panel_c);
     if (a.last_unit == a.layout->units) kernel.finish(a, panel, panel_c);
   }
 }

@@ -1,91 +1,10 @@
 // Input rows on their way in: quantised to integers with one scale per row, or converted. Compiled once per ISA.
 #include "kernels/kernel_table.h"
+#include "kernels/row_scale.h"
 #include "kernels/simd.h"
 
 namespace numagraft::NUMAGRAFT_ISA {
 namespace {
-
-// |q| <= 128 * 127 + 63 so that both halves fit int8.
-constexpr float kWideLimit = 16319.0f;
-// The sum over a row of |q| times the largest weight (255 with its offset) must fit in int32.
-constexpr float kSumLimit = 2147483648.0f / 256.0f;
-// Whole integers cost what halves of them would: more bits are free.
-constexpr float kWideError = 0.001f;
-// A row whose mean magnitude says at least this share of its root mean square, as that of a normal distribution does, has no
-// channels that stand out (300 normal values scatter by 1.5 %).
-constexpr float kNormal = 0.97f;
-
-struct Spread {
-  std::uint32_t largest_bits;  // of |x|; NaN and infinity order above every finite value
-  float square_sum;
-  float absolute_sum;
-};
-
-struct Running {
-  I largest = {};
-  F squares = {};
-  F absolutes = {};
-};
-NUMAGRAFT_INLINE void take_in(Running& r, F x) {
-  const I bits = (I)x & 0x7FFFFFFF;
-  r.largest = bits > r.largest ? bits : r.largest;
-  r.squares += x * x;
-  r.absolutes += (F)bits;
-}
-
-Spread measure(const PrepareArgs& a) {
-  Running even;
-  Running odd;  // two chains of additions hide each other's latency
-  std::int64_t i = 0;
-  for (; i + 2 * kLanes <= a.k; i += 2 * kLanes) {
-    take_in(even, load_as_float(a.x, a.dtype, i));
-    take_in(odd, load_as_float(a.x, a.dtype, i + kLanes));
-  }
-  for (; i + kLanes <= a.k; i += kLanes) take_in(even, load_as_float(a.x, a.dtype, i));
-  const I largest = even.largest > odd.largest ? even.largest : odd.largest;
-  Spread spread{0, sum_lanes(even.squares + odd.squares), sum_lanes(even.absolutes + odd.absolutes)};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (static_cast<std::uint32_t>(largest[lane]) > spread.largest_bits) spread.largest_bits = largest[lane];
-  }
-  for (; i < a.k; ++i) {
-    const float x = scalar_as_float(a.x, a.dtype, i);
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &x, 4);
-    bits &= 0x7FFFFFFF;
-    if (bits > spread.largest_bits) spread.largest_bits = bits;
-    spread.square_sum += x * x;
-    spread.absolute_sum += x < 0 ? -x : x;
-  }
-  return spread;
-}
-
-// Scale of the row; 0 for a row of zeros.
-float choose_scale(const PrepareArgs& a, const Spread& spread) {
-  float largest;
-  __builtin_memcpy(&largest, &spread.largest_bits, 4);
-  if (spread.largest_bits >= 0x7F800000) return __builtin_nanf("");
-  if (largest < 1e-34f) return 0.0f;  // its integers would need a reciprocal beyond fp32
-  const float one_half = largest / 127.0f;
-  // Of normally distributed inputs the mean magnitude gives the same figure as the root mean square. Where a few channels are
-  // far larger it is smaller, and rightly: weights for such channels tend to be small, the others make the output.
-  const float count = static_cast<float>(a.k);
-  const float rms = __builtin_sqrtf(spread.square_sum / count);
-  const float typical = 1.2533141f * spread.absolute_sum / count;
-  // rounding to a grid of step s leaves an error of s / sqrt(12) in the mean square
-  const bool normal = typical >= kNormal * rms;
-  float allowed = normal && a.normal_error > a.target_error ? a.normal_error : a.target_error;
-  if (a.form == RowForm::wide && allowed > kWideError) allowed = kWideError;
-  const float wanted = allowed * 3.4641016f * (typical < rms ? typical : rms);
-  float scale = one_half;
-  if (wanted < one_half) {
-    scale = wanted;
-    if (scale < largest / kWideLimit) scale = largest / kWideLimit;
-    const float bound = spread.absolute_sum / kSumLimit;
-    if (scale < bound) scale = bound;
-    if (scale > one_half) scale = one_half;
-  }
-  return scale;
-}
 
 constexpr int kUnitVectors = kUnitInputs / kLanes;
 
@@ -113,6 +32,18 @@ NUMAGRAFT_INLINE void ask_for_next(const PrepareArgs& a, std::int64_t unit) {
   for (std::int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64);
 }
 
+// Adds a unit's groups of four that have a high half to the row's list, which `listed` are in; returns how many.
+NUMAGRAFT_INLINE int list_high(const RowLists& lists, std::int64_t unit, const I (&upper)[kUnitVectors], std::int64_t listed) {
+  std::uint32_t high[kUnitInputs / 4];
+  for (int v = 0; v < kUnitVectors; ++v) store(reinterpret_cast<std::byte*>(high) + v * kLanes, __builtin_convertvector(upper[v], I8));
+  ListedFour* to = lists.fours + listed;
+  for (std::uint32_t four = 0; four < kUnitInputs / 4; ++four) {
+    *to = {static_cast<std::uint32_t>(unit * kInt8UnitBytes) + four * 64, high[four]};  // overwritten by what follows, or never read
+    to += high[four] != 0;
+  }
+  return static_cast<int>(to - lists.fours - listed);
+}
+
 #if defined(__AVX512BW__)
 // The integers of a unit in 16 bits: four vectors packed to two, each 128 bits four of one and four of the next.
 NUMAGRAFT_INLINE void unit_integers(const PrepareArgs& a, std::int64_t unit, F inverse, __m512i (&q)[2]) {
@@ -137,7 +68,6 @@ NUMAGRAFT_INLINE void store_two_sums(float* to, __m512i first, __m512i second) {
 
 // Units whose lines are asked for before they are written: in a block they lie 2 KiB apart, and no hardware foresees them.
 constexpr std::int64_t kUnitsAhead = 8;
-constexpr std::int64_t kInt8UnitBytes = kUnitInputs * kPanelColumns;
 
 // Adds a unit's groups of four that have a high half to the row's list, which `listed` are in; returns how many.
 NUMAGRAFT_INLINE int list_unit(const RowLists& lists, std::int64_t unit, __m512i high, std::int64_t listed) {
@@ -227,7 +157,9 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
       *a.sum = 0;
       return clear_units(a);
     }
-    if (a.lists.fours != nullptr) {
+    if (a.lists.fours != nullptr && a.group_sum != nullptr) {
+      *a.sum = one_half ? quantise_units<true, true, true>(a, inverse) : quantise_units<false, true, true>(a, inverse);
+    } else if (a.lists.fours != nullptr) {
       *a.sum = one_half ? quantise_units<true, false, true>(a, inverse) : quantise_units<false, false, true>(a, inverse);
     } else if (a.group_sum != nullptr) {
       *a.sum = one_half ? quantise_units<true, true, false>(a, inverse) : quantise_units<false, true, false>(a, inverse);
@@ -237,9 +169,12 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
     return;
   }
 #endif
+  const bool lists = form == RowForm::halves && a.lists.fours != nullptr;
+  std::int64_t listed = 0;
   I total = {};
   for (std::int64_t unit = 0; unit < a.units; ++unit) {
     ask_for_next(a, unit);
+    if (lists) a.lists.begin[unit * a.lists.rows] = static_cast<std::uint16_t>(listed);
     F x[kUnitVectors];
     I q[kUnitVectors];
     load_unit(a, unit * kUnitInputs, x);
@@ -278,15 +213,20 @@ NUMAGRAFT_INLINE void quantise(const PrepareArgs& a) {
           any |= upper[v];
           q[v] -= upper[v] << 7;
         }
-        // Where this row needs no high half another may.
-        for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
-        if (any_lane(any)) set_flag(a, unit);
-      } else if (a.has_high == nullptr) {
+        if (lists) {
+          if (any_lane(any)) listed += list_high(a.lists, unit, upper, listed);
+        } else {
+          // Where this row needs no high half another may.
+          for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, __builtin_convertvector(upper[v], I8));
+          if (any_lane(any)) set_flag(a, unit);
+        }
+      } else if (a.has_high == nullptr && !lists) {
         for (int v = 0; v < kUnitVectors; ++v) store(high + v * kLanes, I8{});
       }
       for (int v = 0; v < kUnitVectors; ++v) store(low + v * kLanes, __builtin_convertvector(q[v], I8));
     }
   }
+  if (lists) a.lists.begin[a.units * a.lists.rows] = static_cast<std::uint16_t>(listed);
   *a.sum = sum_lanes(total);
 }
 

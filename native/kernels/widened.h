@@ -48,15 +48,12 @@ struct WidenedChunk {
   const std::byte* weights;
   std::int64_t first_unit;
   std::int64_t last_unit;
-  const float* scale;  // of the columns, for this chunk; null: sums go on from chunk to chunk
-  bool last;           // of the panel
 };
 
 template <class Steps, int rows>
 NG_INLINE void widened_rows(const WidenedChunk& chunk, const RowBlock& block, int first_row, Feed& feed, float* c) {
   using Sum = typename Steps::Sum;
   constexpr std::int64_t row_bytes = kUnitInputs * Steps::input_bytes;
-  const bool fresh = chunk.scale != nullptr || chunk.first_unit == 0;
 #pragma GCC unroll 1
   for (int pair = 0; pair < kWidenedPairs; ++pair) {
     float* const to = c + pair * 2 * kInt32s;
@@ -64,7 +61,7 @@ NG_INLINE void widened_rows(const WidenedChunk& chunk, const RowBlock& block, in
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) sum[r][v] = fresh ? Steps::none() : Steps::resume(to + r * kPanelColumns + v * kInt32s);
+      for (int v = 0; v < 2; ++v) sum[r][v] = chunk.first_unit == 0 ? Steps::none() : Steps::resume(to + r * kPanelColumns + v * kInt32s);
     }
     const std::byte* w = chunk.weights + pair * kStepsUnits<Steps> * kStepsUnitBytes<Steps>;
     const std::byte* x = block.low + (chunk.first_unit * block.stride_rows + first_row) * row_bytes;
@@ -92,19 +89,7 @@ NG_INLINE void widened_rows(const WidenedChunk& chunk, const RowBlock& block, in
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        float* const at = to + r * kPanelColumns + v * kInt32s;
-        if constexpr (Steps::input_bytes == 2) {
-          if (chunk.scale != nullptr) {
-            const VF scale = load_floats(chunk.scale + (pair * 2 + v) * kInt32s);
-            VF total = chunk.first_unit == 0 ? mul(to_floats(sum[r][v]), scale) : fma(to_floats(sum[r][v]), scale, load_floats(at));
-            if (chunk.last) total = mul(total, repeat(block.scale[first_row + r]));
-            store_floats(at, total);
-            continue;
-          }
-        }
-        Steps::leave(at, sum[r][v]);
-      }
+      for (int v = 0; v < 2; ++v) Steps::leave(to + r * kPanelColumns + v * kInt32s, sum[r][v]);
     }
   }
 }
@@ -123,7 +108,7 @@ struct NothingLeft {
   NG_INLINE_MEMBER void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 
-// Weights have `Steps`; begin(args, panel, unit), called for every panel and, where they are scaled() per span of inputs, span; and
+// Weights have `Steps`; begin(args, panel); finish(args, panel, c), once its sums are whole; and
 // widen(layout, unit's bytes, unit, its place in the chunk, to).
 template <class Weights>
 void gemm_widened(const GemmArgs& a) {
@@ -135,18 +120,11 @@ void gemm_widened(const GemmArgs& a) {
   for (std::int64_t panel = 0; panel < a.panels; ++panel) {
     const std::byte* const stream = a.panel + panel * layout.panel_bytes;
     float* const panel_c = a.c + panel * a.c_panel_stride;
-    std::int64_t span = a.first_unit;  // the end of the inputs that weights have begun
-    for (std::int64_t first = a.first_unit, last = 0; first < a.last_unit; first = last) {
-      if (first == span) {
-        weights.begin(a, panel, first);
-        span = Weights::scaled ? span_end(layout, first) : layout.units;
-      }
-      last = first + kStepsUnits<Steps>;
-      if (last > span) last = span;
-      if (last > a.last_unit) last = a.last_unit;
+    weights.begin(a, panel);
+    for (std::int64_t first = a.first_unit, last; first < a.last_unit; first = last) {
+      last = first + kStepsUnits<Steps> < a.last_unit ? first + kStepsUnits<Steps> : a.last_unit;
       for (std::int64_t unit = first; unit < last; ++unit) weights.widen(layout, stream + unit * layout.unit_bytes, unit, unit - first, widened);
-      WidenedChunk chunk{widened, first, last, nullptr, last == layout.units};
-      if constexpr (Weights::scaled) chunk.scale = weights.scale;
+      const WidenedChunk chunk{widened, first, last};
       Feed feed{stream + last * layout.unit_bytes, (last - first) * layout.unit_bytes / 64, strips * kWidenedPairs * (last - first)};
       float* c = panel_c;
       for (int b = 0; b < a.block_count; ++b) {

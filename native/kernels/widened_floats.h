@@ -9,8 +9,7 @@ namespace {
 
 struct WidenedBf16 : NothingLeft {
   using Steps = FloatSteps;
-  static constexpr bool scaled = false;
-  NG_INLINE_MEMBER void begin(const GemmArgs&, std::int64_t, std::int64_t) {}
+  NG_INLINE_MEMBER void begin(const GemmArgs&, std::int64_t) {}
   NG_INLINE_MEMBER void widen(const Layout&, const std::byte* from, std::int64_t, std::int64_t place, std::byte* to) {
     const V high_half = repeat32(static_cast<int>(0xFFFF0000u));
 #pragma GCC unroll 1
@@ -32,11 +31,10 @@ struct WidenedBf16 : NothingLeft {
 
 struct WidenedFp8 : NothingLeft {
   using Steps = FloatSteps;
-  static constexpr bool scaled = false;  // weights are, not their sums
-  const float* side = nullptr;           // of the panel
+  const float* side = nullptr;  // of the panel: weights are scaled, not their sums
   alignas(64) std::uint16_t halves[kHalfUnit];
 
-  NG_INLINE_MEMBER void begin(const GemmArgs& a, std::int64_t panel, std::int64_t) { side = panel_side(a, panel); }
+  NG_INLINE_MEMBER void begin(const GemmArgs& a, std::int64_t panel) { side = panel_side(a, panel); }
   void widen(const Layout&, const std::byte* from, std::int64_t unit, std::int64_t place, std::byte* to) {
     const float* scales = side + unit * kUnitInputs / kFp8Block * kPanelColumns;
     prefetch_scales(scales + kPanelColumns);

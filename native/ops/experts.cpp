@@ -33,6 +33,7 @@ constexpr std::int64_t kSumBytesInPieces = 8 << 20;
 constexpr std::int64_t kStreamedInnerBytes = 2 << 20;  // inner rows that caches would lose before they are read
 constexpr std::int64_t kStreamedPreparedBytes = 16 << 20;  // the same of what they are quantised to (6 MiB: slower, 28: faster)
 constexpr std::int64_t kListedRows = 32;  // of an expert in the mean: with fewer, a second pass of tiles waits for memory anyway
+constexpr std::int64_t kListedGroupedRows = 2;  // the same of vectors
 constexpr std::int64_t kSlabTokens = 2048;
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -360,11 +361,13 @@ void ExpertsWeights::run_chunk(const Call& call, Seat& seat, int stage, std::int
 }
 
 // Of a call with so many rows, all experts together. silu(g) u is so heavy-tailed that nearly every unit of inner rows has integers
-// beyond int8. What 15 bits are asked for keeps the weights as they are, too.
+// beyond int8, but few groups of four.
 HighHalves ExpertsWeights::inner_high(std::int64_t rows) const {
   if (format_.activations == Activations::bf16) return HighHalves::apart;
-  if (kernels_->lists && format_.kind == WeightKind::int8 && rows >= kListedRows * shape_.experts) return HighHalves::listed;
-  return kernels_->whole_rows_from > 0 && rows >= kernels_->whole_rows_from * shape_.experts ? HighHalves::whole : HighHalves::apart;
+  const bool grouped = format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4;
+  if (grouped && kernels_->grouped_lists_from > 0 && rows >= kListedGroupedRows * shape_.experts) return HighHalves::listed;
+  const bool int8 = format_.kind == WeightKind::int8 && kernels_->int8_lists_from > 0;
+  return int8 && rows >= kListedRows * shape_.experts ? HighHalves::listed : HighHalves::apart;
 }
 
 std::int64_t ExpertsWeights::down_panels(const Seat& seat) const { return places_[static_cast<std::size_t>(seat.role.part)].down.layout.panels; }

@@ -8,23 +8,23 @@ namespace {
 constexpr std::size_t kLine = 64;
 std::size_t whole_lines(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
-RowForm form_of(const KernelTable& kernels, WeightKind kind, HighHalves high) {
-  const bool grouped = kind == WeightKind::int4 || kind == WeightKind::mxfp4;
-  return grouped && high == HighHalves::whole && kernels.whole_rows_from > 0 ? RowForm::wide : row_form(kernels, kind);
+bool is_grouped(WeightKind kind) { return kind == WeightKind::int4 || kind == WeightKind::mxfp4; }
+int lists_from(const KernelTable& kernels, WeightKind kind) {
+  return kind == WeightKind::int8 ? kernels.int8_lists_from : is_grouped(kind) ? kernels.grouped_lists_from : 0;
 }
 
 }  // namespace
 
 RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows, HighHalves high)
     : kernels_(&kernels),
-      form_(form_of(kernels, kind, high)),
+      form_(row_form(kernels, kind)),
       k_(k),
       units_((k + kUnitInputs - 1) / kUnitInputs),
       rows_(rows),
       block_rows_(block_rows),
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
-      lists_(high == HighHalves::listed && tiles_ && kernels.lists && kind == WeightKind::int8 && units_ <= kMostListedUnits),
-      group_sums_((kind == WeightKind::int4 || kind == WeightKind::mxfp4) && form_ == RowForm::halves),
+      lists_from_(high == HighHalves::listed && block_rows > 1 && units_ <= kMostListedUnits ? lists_from(kernels, kind) : 0),
+      group_sums_(is_grouped(kind) && form_ == RowForm::halves),
       sums_read_(group_sums_ && !(tiles_ && kernels.reround_rows_from > 0 && rows >= kernels.reround_rows_from)),
       full_block_bytes_(offsets(block_rows).end),
       bytes_(rows == 0 ? 0 : block_offset(blocks() - 1) + offsets(stride_rows(blocks() - 1)).end) {}

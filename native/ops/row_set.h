@@ -13,9 +13,9 @@ struct InputErrors {
   float normal = 0;  // of rows that are normally distributed, if larger
 };
 
-// How integers beyond int8 are kept: a second half of the row's, where some unit has one; that as lists, or whole 16-bit integers,
-// where the kernel takes these for the format.
-enum class HighHalves { apart, listed, whole };
+// How integers beyond int8 are kept: a second half of the row's, where some unit has one, or that as lists, where the kernel takes
+// these for the format and the block's rows.
+enum class HighHalves { apart, listed };
 
 // How prepared input rows lie in scratch memory: blocks of up to `block_rows` rows (32, or 1: each row by itself), all
 // full but the last. Arithmetic only; it owns nothing.
@@ -57,7 +57,7 @@ class RowSet {
   Offsets offsets(int stride_rows) const;
   // Of rows from the block's `first_row` on.
   RowLists lists(std::byte* block, int stride_rows, std::int64_t first_row) const;
-  bool listed(int stride_rows) const { return lists_ && stride_rows > 16; }
+  bool listed(int stride_rows) const { return lists_from_ > 0 && stride_rows >= lists_from_; }
   std::int64_t list_stride() const { return units_ * kListedPerUnit + 16; }  // a vector is stored behind the last
   int stride_rows(std::int64_t block) const;
   std::size_t block_offset(std::int64_t block) const { return static_cast<std::size_t>(block) * full_block_bytes_; }
@@ -69,7 +69,7 @@ class RowSet {
   std::int64_t rows_;
   int block_rows_;
   bool tiles_;
-  bool lists_;
+  int lists_from_;  // rows of a block from which high halves are listed; 0: never
   bool group_sums_;  // int4 and mxfp4 in halves: there is room for them
   bool sums_read_;   // by vectors, which few rows are left to
   std::size_t full_block_bytes_;
