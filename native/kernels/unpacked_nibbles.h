@@ -57,7 +57,7 @@ struct UnpackedChunk {
       }
       const V power = bit_and(as_integers(largest), repeat32(0x7F800000));  // the power of two below it
       const VF of_integers = as_floats(sub32(power, repeat32(kScaleBits<kind> << 23)));
-      const VF inverse = as_floats(sub32(repeat32((254 + kScaleBits<kind>) << 23), power));
+      const VF inverse = as_floats(sub32(repeat32(static_cast<int>((254u + kScaleBits<kind>) << 23)), power));
       store_floats(scale + v * kInt32s, of_integers);
 #pragma GCC unroll 16
       for (int g = 0; g < kUnpackedGroups; ++g) {
