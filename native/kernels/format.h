@@ -5,6 +5,8 @@
 namespace numagraft {
 
 enum class WeightKind : std::uint8_t { bf16, int8, int4, fp8, mxfp4 };
+// In groups of inputs with scales of their own, which lie in the units.
+static inline constexpr bool is_grouped(WeightKind kind) { return kind == WeightKind::int4 || kind == WeightKind::mxfp4; }
 enum class Activations : std::uint8_t { automatic, int8, bf16 };
 // Of inputs, outputs and unpacked weights; the last two only of weights that a checkpoint stores quantised.
 enum class DType : std::uint8_t { f32, bf16, f16, e4m3, e2m1 };

@@ -253,7 +253,7 @@ void gemm(const GemmArgs& a) {
   // Few rows: re-rounding a chunk takes longer than its products, and int8 vectors ask memory more evenly than tiles do.
   const int vectors_below = kind == WeightKind::int8 ? kInt8HighRows + 1 : kReroundRowsFrom;
   const bool integers = kind != WeightKind::bf16 && kind != WeightKind::fp8;
-  const bool grouped = kind == WeightKind::int4 || kind == WeightKind::mxfp4;
+  const bool grouped = is_grouped(kind);
   const bool for_vectors = !grouped || a.blocks[0].group_sum != nullptr;  // else the last rows of more
   if (integers && for_vectors && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni(a);
   configure_tiles();

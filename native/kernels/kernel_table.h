@@ -47,7 +47,6 @@ struct RowBlock {
   const float* group_sum = nullptr;       // [unit][stride_rows][2] sums of the integers over 32 inputs each; null: nobody reads them
   const std::uint8_t* flags = nullptr;    // [unit]; bit t: rows 16t .. 16t+15 have a high half here
   RowLists lists;                         // instead of `high` and `flags`
-  RowForm form = RowForm::wide;
   int rows = 0;
   int stride_rows = 0;
 };
@@ -174,7 +173,7 @@ struct KernelTable {
   // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles. Workers of few rows then
   // also take the last panels as they come, for which a Xeon's prefetchers made them pay.
   bool in_order;
-  // Rows of a block from which high halves may come as lists, of int8 and of int4 and mxfp4; 0: never.
+  // See lists_from.
   int int8_lists_from;
   int grouped_lists_from;
   void (*prepare)(const PrepareArgs&);
@@ -198,6 +197,11 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
     default:
       return table.float_form;
   }
+}
+
+// Rows of a block from which high halves may come as lists; 0: never.
+static inline int lists_from(const KernelTable& table, WeightKind kind) {
+  return kind == WeightKind::int8 ? table.int8_lists_from : is_grouped(kind) ? table.grouped_lists_from : 0;
 }
 
 // Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole spans.

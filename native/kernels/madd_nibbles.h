@@ -97,15 +97,7 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
       }
     }
   }
-  if (strip.last_unit < layout.units) return;
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r) {
-    const VF scale = repeat(block.scale[strip.first_row + r] * kNibbleScale<kind>);
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = c + r * kPanelColumns + v * kInt32s;
-      store_floats(to, mul(load_floats(to), scale));
-    }
-  }
+  if (strip.last_unit == layout.units) finish_nibbles<kind, rows>(block, strip.first_row, c);
 }
 
 template <WeightKind kind, bool symmetric>

@@ -59,6 +59,19 @@ NG_INLINE std::int64_t count_strips(const GemmArgs& a, int most_rows) {
   return strips;
 }
 
+// Calls body(block, first row, rows, c) for every strip; `c`: of the first row of all.
+template <class Body>
+NG_INLINE void for_strips(const GemmArgs& a, int most_rows, float* c, Body body) {
+  for (int b = 0; b < a.block_count; ++b) {
+    const RowBlock& block = a.blocks[b];
+    const int count = strips_of(block.rows, most_rows);
+    for (int i = 0, row = 0, rows; i < count; ++i, row += rows, c += rows * kPanelColumns) {
+      rows = next_strip(block.rows - row, count - i);
+      body(block, row, rows, c);
+    }
+  }
+}
+
 // Passes over a chunk of all strips of so many rows, each of which takes `passes_of` its height.
 template <class PassesOf>
 NG_INLINE std::int64_t count_passes(int rows, int most_rows, PassesOf passes_of) {
@@ -119,19 +132,11 @@ void gemm_strips(const GemmArgs& a) {
       if constexpr (requires { Kernel::visits(0); }) {
         for (int b = 0; b < a.block_count; ++b) feed.visits += (last - first) * Kernel::visits(a.blocks[b].rows);
       }
-      float* c = panel_c;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        const int strips = strips_of(block.rows, Kernel::most_rows);
-        int row = 0;
-        for (int i = 0; i < strips; ++i) {
-          const int count = next_strip(block.rows - row, strips - i);
-          run_strip<Kernel, Kernel::most_rows>(kernel, count, a, panel, Strip{&block, row, first, last, b == 0 && i == 0, all_strips == 1, a.in_order && feed.visits > 0 ? &feed : nullptr},
-                                               c + row * kPanelColumns);
-          row += count;
-        }
-        c += block.rows * kPanelColumns;
-      }
+      Feed* const asked = a.in_order && feed.visits > 0 ? &feed : nullptr;
+      for_strips(a, Kernel::most_rows, panel_c, [&](const RowBlock& block, int row, int rows, float* c) {
+        const bool fresh = &block == a.blocks && row == 0;
+        run_strip<Kernel, Kernel::most_rows>(kernel, rows, a, panel, Strip{&block, row, first, last, fresh, all_strips == 1, asked}, c);
+      });
     }
     if constexpr (requires { kernel.add_lists(a, panel, panel_c); }) kernel.add_lists(a, panel, panel_c);
     if (a.last_unit == a.layout->units) kernel.finish(a, panel, panel_c);
@@ -152,6 +157,19 @@ NG_INLINE void finish_int8(const GemmArgs& a, std::int64_t panel, float* c) {
         const V sum = sub32(load_bytes(reinterpret_cast<const std::byte*>(to)), offset);
         store_floats(to, mul(to_floats(sum), mul(load_floats(side + v * kInt32s), scale)));
       }
+    }
+  }
+}
+
+// int4 and mxfp4: the sums of a strip, once they are whole.
+template <WeightKind kind, int rows>
+NG_INLINE void finish_nibbles(const RowBlock& block, int first_row, float* c) {
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) {
+    const VF scale = repeat(block.scale[first_row + r] * kNibbleScale<kind>);
+    for (int v = 0; v < 2 * kParts; ++v) {
+      float* const to = c + r * kPanelColumns + v * kInt32s;
+      store_floats(to, mul(load_floats(to), scale));
     }
   }
 }

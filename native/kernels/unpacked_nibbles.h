@@ -166,28 +166,21 @@ NG_INLINE void unpacked_half(const UnpackedChunk& chunk, const RowBlock& block, 
   }
 }
 
-// `flags`: of the chunk's units. Not inlined: in one function with its siblings the registers of each are shared out worse.
+// Not inlined: in one function with its siblings the registers of each are shared out worse.
 template <WeightKind kind, int rows>
-__attribute__((noinline)) void run_unpacked(int count, const UnpackedChunk& chunk, const RowBlock& block, int first_row, std::uint8_t flags, Feed& feed,
-                                            float* c) {
+__attribute__((noinline)) void run_unpacked(int count, const UnpackedChunk& chunk, const RowBlock& block, int first_row, Feed& feed, float* c) {
   if constexpr (rows > 1) {
-    if (count < rows) return run_unpacked<kind, rows - 1>(count, chunk, block, first_row, flags, feed, c);
+    if (count < rows) return run_unpacked<kind, rows - 1>(count, chunk, block, first_row, feed, c);
   }
-  const std::uint8_t mask = flags & tiles_of_rows(first_row, rows);
+  std::uint8_t mask = 0;
+  for (std::int64_t unit = chunk.first_unit; unit < chunk.last_unit; ++unit) mask |= block.flags[unit];
+  mask &= tiles_of_rows(first_row, rows);
 #pragma GCC unroll 1
   for (int pair = 0; pair < kUnpackedPairs; ++pair) {
     unpacked_half<kind, rows, false>(chunk, block, first_row, pair, mask, feed, c + pair * 2 * kInt32s);
     if (mask) unpacked_half<kind, rows, true>(chunk, block, first_row, pair, mask, feed, c + pair * 2 * kInt32s);
   }
-  if (!chunk.last) return;
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; ++r) {
-    const VF scale = repeat(block.scale[first_row + r] * kNibbleScale<kind>);
-    for (int v = 0; v < kVectors; ++v) {
-      float* const to = c + r * kPanelColumns + v * kInt32s;
-      store_floats(to, mul(load_floats(to), scale));
-    }
-  }
+  if (chunk.last) finish_nibbles<kind, rows>(block, first_row, c);
 }
 
 template <WeightKind kind, bool symmetric>
@@ -206,18 +199,9 @@ void gemm_unpacked(const GemmArgs& a) {
       chunk.unpack_scales<kind, symmetric>(layout, stream + first * layout.unit_bytes);
       chunk.unpack_weights<kind>(layout, stream + first * layout.unit_bytes);
       Feed feed{stream + last * layout.unit_bytes, (last - first) * layout.unit_bytes / 64, strips * kUnpackedPairs * 2 * (last - first)};
-      float* c = panel_c;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        std::uint8_t flags = 0;
-        for (std::int64_t unit = first; unit < last; ++unit) flags |= block.flags[unit];
-        const int count = strips_of(block.rows, kMostRows);
-        for (int i = 0, row = 0, rows; i < count; ++i, row += rows) {
-          rows = next_strip(block.rows - row, count - i);
-          run_unpacked<kind, kMostRows>(rows, chunk, block, row, flags, feed, c + row * kPanelColumns);
-        }
-        c += block.rows * kPanelColumns;
-      }
+      for_strips(a, kMostRows, panel_c, [&](const RowBlock& block, int row, int rows, float* c) {
+        run_unpacked<kind, kMostRows>(rows, chunk, block, row, feed, c);
+      });
     }
     add_listed<kind>(a, panel, panel_c);
   }

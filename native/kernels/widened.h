@@ -126,16 +126,9 @@ void gemm_widened(const GemmArgs& a) {
       for (std::int64_t unit = first; unit < last; ++unit) weights.widen(layout, stream + unit * layout.unit_bytes, unit, unit - first, widened);
       const WidenedChunk chunk{widened, first, last};
       Feed feed{stream + last * layout.unit_bytes, (last - first) * layout.unit_bytes / 64, strips * kWidenedPairs * (last - first)};
-      float* c = panel_c;
-      for (int b = 0; b < a.block_count; ++b) {
-        const RowBlock& block = a.blocks[b];
-        const int count = strips_of(block.rows, kMostRows);
-        for (int i = 0, row = 0, rows; i < count; ++i, row += rows) {
-          rows = next_strip(block.rows - row, count - i);
-          run_widened<Steps, kMostRows>(rows, chunk, block, row, feed, c + row * kPanelColumns);
-        }
-        c += block.rows * kPanelColumns;
-      }
+      for_strips(a, kMostRows, panel_c, [&](const RowBlock& block, int row, int rows, float* c) {
+        run_widened<Steps, kMostRows>(rows, chunk, block, row, feed, c);
+      });
     }
     if (a.last_unit == layout.units) weights.finish(a, panel, panel_c);
   }

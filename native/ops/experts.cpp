@@ -73,7 +73,7 @@ Pieces pieces_of(const Layout& weights, std::int64_t most_rows, std::size_t bloc
 // adds an error of its own, may take it as well (Gaussian, before and after: int4 0.0150 and 0.0150, mxfp4 0.0190 and 0.0191).
 InputErrors input_errors(const WeightFormat& format, bool rerounds) {
   if (format.activations == Activations::bf16) return {};
-  const bool rerounded = rerounds && (format.kind == WeightKind::int4 || format.kind == WeightKind::mxfp4);
+  const bool rerounded = rerounds && is_grouped(format.kind);
   return {rerounded ? 0.0090f : 0.0105f, 0.0112f};
 }
 // silu(g) u is heavy-tailed: of 32 rows, every unit of 64 inputs has some that exceed one half. A list takes as long as it has
@@ -364,10 +364,9 @@ void ExpertsWeights::run_chunk(const Call& call, Seat& seat, int stage, std::int
 // beyond int8, but few groups of four.
 HighHalves ExpertsWeights::inner_high(std::int64_t rows) const {
   if (format_.activations == Activations::bf16) return HighHalves::apart;
-  const bool grouped = format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4;
-  if (grouped && kernels_->grouped_lists_from > 0 && rows >= kListedGroupedRows * shape_.experts) return HighHalves::listed;
-  const bool int8 = format_.kind == WeightKind::int8 && kernels_->int8_lists_from > 0;
-  return int8 && rows >= kListedRows * shape_.experts ? HighHalves::listed : HighHalves::apart;
+  if (lists_from(*kernels_, format_.kind) == 0) return HighHalves::apart;
+  const std::int64_t from = is_grouped(format_.kind) ? kListedGroupedRows : kListedRows;
+  return rows >= from * shape_.experts ? HighHalves::listed : HighHalves::apart;
 }
 
 std::int64_t ExpertsWeights::down_panels(const Seat& seat) const { return places_[static_cast<std::size_t>(seat.role.part)].down.layout.panels; }

@@ -108,7 +108,7 @@ void LinearWeights::compute(const MatrixView& x, const MatrixView& out, const Ro
     call.rows = std::min(slab, x.rows - first);
     call.split_replicas = call.rows >= kSplitReplicaRows;
     call.split_rows = call.rows >= kSplitRows;
-    const bool in_groups = format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4;
+    const bool in_groups = is_grouped(format_.kind);
     const bool rerounded = kernels_->reround_rows_from > 0 && call.rows >= kernels_->reround_rows_from;
     call.errors = linear_input_errors(format_, in_groups && rerounded, rerounding_);
     if (several_mirrors && call.split_replicas) {
@@ -248,7 +248,7 @@ void LinearWeights::prepare_rows(const Call& call, Range rows, std::byte* prepar
 // Blocks that share a pass over the panels.
 std::int64_t LinearWeights::blocks_together() const {
   const RowSet block(*kernels_, format_.kind, in_features_, kBlockRows);
-  const bool rerounds = kernels_->reround_rows_from > 0 && (format_.kind == WeightKind::int4 || format_.kind == WeightKind::mxfp4);
+  const bool rerounds = kernels_->reround_rows_from > 0 && is_grouped(format_.kind);
   // Inputs that keep 15 bits have a high half in nearly every unit.
   const InputErrors errors = linear_input_errors(format_, rerounds, rerounding_);
   const bool halves = std::max(errors.any, errors.normal) < kFewHighHalves;

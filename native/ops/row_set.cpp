@@ -8,10 +8,6 @@ namespace {
 constexpr std::size_t kLine = 64;
 std::size_t whole_lines(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
-bool is_grouped(WeightKind kind) { return kind == WeightKind::int4 || kind == WeightKind::mxfp4; }
-int lists_from(const KernelTable& kernels, WeightKind kind) {
-  return kind == WeightKind::int8 ? kernels.int8_lists_from : is_grouped(kind) ? kernels.grouped_lists_from : 0;
-}
 
 }  // namespace
 
@@ -81,7 +77,6 @@ RowBlock RowSet::block(std::byte* base, std::int64_t index) const {
   block.flags = reinterpret_cast<const std::uint8_t*>(at + o.flags);
   block.rows = left < block_rows_ ? static_cast<int>(left) : block_rows_;
   block.stride_rows = stride;
-  block.form = form_;
   block.lists = lists(at, stride, 0);
   return block;
 }
