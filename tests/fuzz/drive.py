@@ -80,7 +80,8 @@ def plant() -> None:
 class TreeMutator:
     """Changes values, and moves entries between files: bytes alone seldom stay YAML or JSON.
 
-    Entries come from all seeds, and from `words`: every choice that the rule language offers.
+    Entries come from all seeds, and from `words`: per kind of mapping, the entries it may hold. A mapping is taken for the
+    kind that knows all its keys, so that an entry mostly lands where it means something.
     """
 
     def __init__(
@@ -88,11 +89,12 @@ class TreeMutator:
         load: Callable[[bytes], Any],
         dump: Callable[[Any], str],
         seeds: Sequence[bytes],
-        words: Sequence[tuple[str, Any]] = (),
+        words: Sequence[targets.Vocabulary] = (),
     ) -> None:
         self._load = load
         self._dump = dump
-        self._pool = list(words)
+        self._words = [known for known in words if known.entries]
+        self._pool = [entry for known in words for entry in known.entries]
         for seed in seeds:
             tree = self._tree(seed)
             self._pool += [(key, holder[key]) for holder, key in _places(tree) if isinstance(holder, dict)]
@@ -104,6 +106,10 @@ class TreeMutator:
             return self._load(data)
         except (ValueError, RecursionError, yaml.YAMLError):
             return None
+
+    def _entries(self, holder: dict[Any, Any]) -> list[tuple[Any, Any]]:
+        fitting = [known for known in self._words if known.keys >= {key for key in holder if isinstance(key, str)}]
+        return [entry for known in fitting for entry in known.entries] or self._pool
 
     def __call__(self, data: bytes, max_size: int, seed: int) -> bytes:
         draw = random.Random(seed)
@@ -119,7 +125,7 @@ class TreeMutator:
             if chance < 0.15:
                 del holder[key]
             elif chance < 0.5 and isinstance(holder, dict):
-                name, value = draw.choice(self._pool)
+                name, value = draw.choice(self._entries(holder) if draw.random() < 0.5 else self._pool)
                 holder[name] = copy.deepcopy(value)
             elif chance < 0.7:
                 holder[key] = copy.deepcopy(draw.choice(self._pool)[1])
@@ -189,7 +195,7 @@ def mutator(name: str) -> Callable[[bytes, int, int], bytes] | None:
             lambda data: yaml.load(data, loader),
             lambda tree: yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
             seeds,
-            targets.choices() * 10,
+            targets.vocabulary(),
         )
     return None
 

@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,16 +230,25 @@ def _plans() -> list[Any]:
     return [*made, replace(made[0], modules=made[0].modules[:1])]
 
 
-def choices() -> list[tuple[str, Any]]:
-    """Every key of a rule file with each of the words that it may take."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What one kind of mapping may hold: all its keys, and an entry per word that one of them may take."""
+
+    keys: frozenset[str]
+    entries: list[tuple[str, Any]]
+
+
+def vocabulary() -> list[Vocabulary]:
+    """Of a rule file's mappings, from the schema."""
     from numagraft.rulefile import schema
 
-    records = (schema.FILE, schema.RULE, schema.MATCH, schema.REPLACE, schema.RUNTIME)
-    fields = [(key, field.type) for record in records for key, field in record.fields.items()]
-    found: list[tuple[str, Any]] = [(key, word) for key, type_ in fields for word in getattr(type_, "words", ())]
-    return found + [
-        (key, value) for key, type_ in fields if isinstance(type_, schema.Boolean) for value in (True, False)
-    ]
+    found = []
+    for record in (schema.FILE, schema.RULE, schema.MATCH, schema.REPLACE, schema.RUNTIME):
+        types = {key: field.type for key, field in record.fields.items()}
+        entries = [(key, word) for key, type_ in types.items() for word in getattr(type_, "words", ())]
+        entries += [(key, v) for key, type_ in types.items() if isinstance(type_, schema.Boolean) for v in (True, False)]
+        found.append(Vocabulary(frozenset(types), entries))
+    return found
 
 
 def words(name: str) -> list[str]:
