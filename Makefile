@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help env build demo test test-slow test-all lint fuzz wheel-test lab lab-ci sanitize sanitize-ci bench clean
+.PHONY: help env build demo test test-slow test-all lint fuzz wheel-test lab lab-ci sanitize sanitize-ci emulate bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -70,6 +70,9 @@ sanitize: env  ## build the extension under AddressSanitizer+UBSan, then ThreadS
 
 sanitize-ci: env  ## both, skipping with the reason what the compiler cannot do; one line each at the end
 	$(PY) tests/sanitize/run.py ci
+
+emulate: env  ## run the native tests with AVX-512's kernels made of AVX2's instructions, for a CPU without (8 minutes)
+	$(PY) tests/emulated/run.py
 
 clean:
 	rm -rf build dist $(VENV)

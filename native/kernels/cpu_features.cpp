@@ -69,6 +69,9 @@ CpuFeatures detect_cpu_features() {
   const bool floats = bf16 && bit(extended.d, 23);  // AVX512_FP16
   features.amx = features.avx512_vnni && floats && bit(extended.c, 1) && tiles && bit(extended.d, 22) && bit(extended.d, 24) && bit(extended.d, 25) &&
                  tile_permission();
+#if defined(NUMAGRAFT_EMULATED)
+  features.avx512 = features.avx512_vnni = features.avx2;
+#endif
   return features;
 }
 #else

@@ -247,7 +247,7 @@ void gemm(const GemmArgs& a) {
       case WeightKind::fp8:
         return gemm_single_rows(a);
       default:
-        return gemm_vnni(a);
+        return gemm_vnni<false>(a);
     }
   }
   // Few rows: re-rounding a chunk takes longer than its products, and int8 vectors ask memory more evenly than tiles do.
@@ -255,7 +255,7 @@ void gemm(const GemmArgs& a) {
   const bool integers = kind != WeightKind::bf16 && kind != WeightKind::fp8;
   const bool grouped = is_grouped(kind);
   const bool for_vectors = !grouped || a.blocks[0].group_sum != nullptr;  // else the last rows of more
-  if (integers && for_vectors && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni(a);
+  if (integers && for_vectors && a.block_count == 1 && a.blocks[0].rows < vectors_below) return gemm_vnni<false>(a);
   configure_tiles();
   switch (kind) {
     case WeightKind::int8:

@@ -11,7 +11,7 @@ void gemm(const GemmArgs& a) {
     case WeightKind::fp8:
       return gemm_float<WeightKind::fp8>(a);
     default:
-      return gemm_vnni(a);
+      return gemm_vnni<true>(a);
   }
 }
 

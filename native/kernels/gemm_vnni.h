@@ -4,6 +4,8 @@
 // 128, nibbles are unsigned by nature, and what the offset adds is offset times the sum of the row's integers.
 // Included by one translation unit of each ISA that needs it; everything is internal to it.
 #include "kernels/kernel_table.h"
+#include "kernels/listed_int8.h"
+#include "kernels/listed_nibbles.h"
 #include "kernels/registers.h"
 #include "kernels/row_strips.h"
 
@@ -227,6 +229,8 @@ void nibble_rows(const GemmArgs& a, std::int64_t panel, const Strip& strip, floa
   }
 }
 
+// `lists`: high halves may come as lists.
+template <bool lists>
 struct Int8 {
   static constexpr int most_rows = kInt8Rows;
   static constexpr std::int64_t chunk_units = kChunkUnits;
@@ -236,10 +240,15 @@ struct Int8 {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     int8_rows<rows>(a, panel, strip, c);
   }
+  void add_lists(const GemmArgs& a, std::int64_t panel, float* c)
+    requires lists
+  {
+    add_listed_int8(a, panel, c);
+  }
   void finish(const GemmArgs& a, std::int64_t panel, float* c) { finish_int8(a, panel, c); }
 };
 
-template <WeightKind kind, bool symmetric>
+template <WeightKind kind, bool symmetric, bool lists>
 struct Nibbles {
   static constexpr int most_rows = kNibbleRows;
   static constexpr std::int64_t chunk_units = kChunkUnits;
@@ -249,18 +258,24 @@ struct Nibbles {
   void run(const GemmArgs& a, std::int64_t panel, const Strip& strip, float* c) {
     nibble_rows<kind, symmetric, rows>(a, panel, strip, c);
   }
+  void add_lists(const GemmArgs& a, std::int64_t panel, float* c)
+    requires lists
+  {
+    add_listed<kind>(a, panel, c);
+  }
   void finish(const GemmArgs&, std::int64_t, float*) {}
 };
 
+template <bool lists>
 void gemm_vnni(const GemmArgs& a) {
   switch (a.layout->kind) {
     case WeightKind::int8:
-      return gemm_strips<Int8>(a);
+      return gemm_strips<Int8<lists>>(a);
     case WeightKind::mxfp4:
-      return gemm_strips<Nibbles<WeightKind::mxfp4, true>>(a);
+      return gemm_strips<Nibbles<WeightKind::mxfp4, true, lists>>(a);
     default:
-      return a.layout->symmetric ? gemm_strips<Nibbles<WeightKind::int4, true>>(a)
-                                 : gemm_strips<Nibbles<WeightKind::int4, false>>(a);
+      return a.layout->symmetric ? gemm_strips<Nibbles<WeightKind::int4, true, lists>>(a)
+                                 : gemm_strips<Nibbles<WeightKind::int4, false, lists>>(a);
   }
 }
 

@@ -161,6 +161,13 @@ struct PackArgs {
   double* power;                // int4 and mxfp4: the packed weights' squares are added to it; null: not wanted
 };
 
+// From how many rows of a block, and of an expert in the mean of a call, high halves of inner rows come as lists; 0: never. What they save
+// is multiplications, and fewer rows wait for memory.
+struct ListsFrom {
+  int block_rows;
+  int mean_rows;
+};
+
 struct KernelTable {
   const char* isa;
   RowForm quantised_form;       // of inputs for int8
@@ -173,9 +180,8 @@ struct KernelTable {
   // go over short chunks. Kernels with VNNI or tiles know one order only, but for bf16 and fp8 without tiles. Workers of few rows then
   // also take the last panels as they come, for which a Xeon's prefetchers made them pay.
   bool in_order;
-  // See lists_from.
-  int int8_lists_from;
-  int grouped_lists_from;
+  ListsFrom int8_lists;
+  ListsFrom grouped_lists;
   void (*prepare)(const PrepareArgs&);
   void (*gemm)(const GemmArgs&);
   void (*store)(const StoreArgs&);
@@ -199,9 +205,8 @@ static inline RowForm row_form(const KernelTable& table, WeightKind kind) {
   }
 }
 
-// Rows of a block from which high halves may come as lists; 0: never.
-static inline int lists_from(const KernelTable& table, WeightKind kind) {
-  return kind == WeightKind::int8 ? table.int8_lists_from : is_grouped(kind) ? table.grouped_lists_from : 0;
+static inline ListsFrom lists_from(const KernelTable& table, WeightKind kind) {
+  return kind == WeightKind::int8 ? table.int8_lists : is_grouped(kind) ? table.grouped_lists : ListsFrom{};
 }
 
 // Scratch for packing one panel: its weights as fp32, inputs by columns, whole units; of int4 whole spans.

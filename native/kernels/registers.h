@@ -138,7 +138,9 @@ NG_INLINE VF power_of_two(const std::byte* p) {
 // A sum is computed where it is written. Otherwise gcc adds products up with each other first, or late, and keeps many of them
 // at a time: more than there are registers, so that sums go to memory and back.
 NG_INLINE void settle(V& sum) {
-#if defined(__AVX512BW__)
+#if defined(NUMAGRAFT_EMULATED)
+  asm volatile("" : "+m"(sum));
+#elif defined(__AVX512BW__)
   asm volatile("" : "+v"(sum));
 #else
   asm volatile("" : "+x"(sum));

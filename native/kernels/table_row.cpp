@@ -16,6 +16,12 @@ void pack(const PackArgs&);
 
 namespace {
 
+constexpr bool kVnni = NUMAGRAFT_QUANTISED_FORM == RowForm::halves;
+// Few rows of int8 with VNNI meet both halves in one pass, and so does one row of nibbles; tiles have lists for two of them and for int8.
+constexpr ListsFrom kInt8Lists = NUMAGRAFT_TILES ? ListsFrom{17, 32} : kVnni ? ListsFrom{7, 8} : ListsFrom{};
+constexpr ListsFrom kGroupedLists =
+    NUMAGRAFT_TILES || NUMAGRAFT_GROUPED_FORM != RowForm::halves ? ListsFrom{} : kVnni ? ListsFrom{2, 4} : ListsFrom{2, 2};
+
 constexpr KernelTable row(bool in_order) {
   return {
       NUMAGRAFT_TEXT(NUMAGRAFT_ISA),
@@ -26,8 +32,8 @@ constexpr KernelTable row(bool in_order) {
       NUMAGRAFT_TILES ? kReroundRowsFrom : 0,
       NUMAGRAFT_TILES ? 2 : 0,
       in_order,
-      NUMAGRAFT_TILES ? 17 : 0,
-      NUMAGRAFT_QUANTISED_FORM == RowForm::wide && NUMAGRAFT_GROUPED_FORM == RowForm::halves ? 2 : 0,
+      kInt8Lists,
+      kGroupedLists,
       &prepare,
       &gemm,
       &store_rows,

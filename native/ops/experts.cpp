@@ -32,8 +32,6 @@ constexpr std::int64_t kResultBytesInPieces = 512 << 10;
 constexpr std::int64_t kSumBytesInPieces = 8 << 20;
 constexpr std::int64_t kStreamedInnerBytes = 2 << 20;  // inner rows that caches would lose before they are read
 constexpr std::int64_t kStreamedPreparedBytes = 16 << 20;  // the same of what they are quantised to (6 MiB: slower, 28: faster)
-constexpr std::int64_t kListedRows = 32;  // of an expert in the mean: with fewer, a second pass of tiles waits for memory anyway
-constexpr std::int64_t kListedGroupedRows = 2;  // the same of vectors
 constexpr std::int64_t kSlabTokens = 2048;
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -364,9 +362,8 @@ void ExpertsWeights::run_chunk(const Call& call, Seat& seat, int stage, std::int
 // beyond int8, but few groups of four.
 HighHalves ExpertsWeights::inner_high(std::int64_t rows) const {
   if (format_.activations == Activations::bf16) return HighHalves::apart;
-  if (lists_from(*kernels_, format_.kind) == 0) return HighHalves::apart;
-  const std::int64_t from = is_grouped(format_.kind) ? kListedGroupedRows : kListedRows;
-  return rows >= from * shape_.experts ? HighHalves::listed : HighHalves::apart;
+  const std::int64_t from = lists_from(*kernels_, format_.kind).mean_rows;
+  return from > 0 && rows >= from * shape_.experts ? HighHalves::listed : HighHalves::apart;
 }
 
 std::int64_t ExpertsWeights::down_panels(const Seat& seat) const { return places_[static_cast<std::size_t>(seat.role.part)].down.layout.panels; }

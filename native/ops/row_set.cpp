@@ -19,7 +19,7 @@ RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std:
       rows_(rows),
       block_rows_(block_rows),
       tiles_(block_rows > 1 && kernels.tile_rows_from > 0 && rows >= kernels.tile_rows_from),
-      lists_from_(high == HighHalves::listed && block_rows > 1 && units_ <= kMostListedUnits ? lists_from(kernels, kind) : 0),
+      lists_from_(high == HighHalves::listed && block_rows > 1 && units_ <= kMostListedUnits ? lists_from(kernels, kind).block_rows : 0),
       group_sums_(is_grouped(kind) && form_ == RowForm::halves),
       sums_read_(group_sums_ && !(tiles_ && kernels.reround_rows_from > 0 && rows >= kernels.reround_rows_from)),
       full_block_bytes_(offsets(block_rows).end),

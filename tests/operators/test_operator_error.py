@@ -20,7 +20,8 @@ BF16_OUTPUT = 1.7e-3
 
 
 def run(*arguments: str, isa: str | None = None) -> str:
-    environment = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(SCRIPT.parent.parent.parent))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(SCRIPT.parent.parent.parent))))
+    environment = dict(os.environ, OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=path)
     environment.pop("NUMAGRAFT_ISA", None)
     if isa is not None:
         environment["NUMAGRAFT_ISA"] = isa

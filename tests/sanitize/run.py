@@ -50,14 +50,14 @@ class Unavailable(Exception):
     """This machine cannot run a sanitizer; the message says why."""
 
 
-def build(kind: str, folder: Path) -> Path:
-    """Compiles native/ and returns the extension."""
+def compile_extension(folder: Path, *options: str) -> Path:
+    """Compiles native/ with these options of CMake's, and returns the extension."""
     pybind11 = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
     ).stdout.strip()
     configure = [
         *("cmake", "-S", str(ROOT / "native"), "-B", str(folder), "-G", "Ninja"),
-        f"-DNUMAGRAFT_SANITIZE={kind}",
+        *options,
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11}",
     ]
@@ -154,7 +154,7 @@ def check(kind: str, arguments: list[str], *, build_only: bool = False) -> int:
     """Raises Unavailable before anything is built."""
     preloaded(kind)
     folder = ROOT / "build" / "sanitize" / kind  # not beside the ordinary builds: tests look through those
-    package = assemble(build(kind, folder), folder)
+    package = assemble(compile_extension(folder, f"-DNUMAGRAFT_SANITIZE={kind}"), folder)
     return 0 if build_only else run(kind, package, folder / "reports", arguments)
 
 
