@@ -8,7 +8,6 @@ namespace {
 constexpr std::size_t kLine = 64;
 std::size_t whole_lines(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
-
 }  // namespace
 
 RowSet::RowSet(const KernelTable& kernels, WeightKind kind, std::int64_t k, std::int64_t rows, int block_rows, HighHalves high)

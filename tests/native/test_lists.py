@@ -26,10 +26,10 @@ LISTED_FROM = [
 ]
 EXPERTS, TOPK = 4, 2
 CASES = [
-    pytest.param(isa, format, mean * times * EXPERTS // TOPK, id=f"{isa}-{name_of(format)}-{mean * times}")
+    pytest.param(isa, format, mean * times, id=f"{isa}-{name_of(format)}-{mean * times}")
     for isa, formats, mean in LISTED_FROM
     for format in formats
-    for times in (1, 2, 9)
+    for times in (3, 6, 24)  # tokens, of which an expert gets half
     if isa in ISAS
 ]
 pytestmark = pytest.mark.skipif(not CASES, reason="this CPU has no AVX2")
@@ -52,7 +52,7 @@ def test_high_halves_of_inner_rows_are_listed(isa, format, tokens, hidden, inter
     """From so many rows per expert on: a block of one strip, of several, and more than one block."""
     together, alone, expected = call(Mixture(EXPERTS, hidden, intermediate, format, isa=isa), tokens)
     assert error(together, expected) <= EXPERTS_BAR[format.kind], describe_worst(together, expected)
-    assert (together != alone).mean() > 0.25  # the control: another path was taken than by one row, wherever a block has enough
+    assert (together != alone).mean() > 0.5  # the control: another path was taken
     whole = WeightFormat(format.kind, group=format.group, symmetric=format.symmetric, activations="bf16")
     together, _, expected = call(Mixture(EXPERTS, hidden, intermediate, whole, isa=isa), tokens)
     assert error(together, expected) <= 2.5e-3  # which 15 bits do not list
@@ -66,10 +66,9 @@ def test_what_is_listed_counts(isa, format, tokens):
     gate = np.abs(rng.standard_normal((intermediate, 64))).astype(np.float32) / 8
     up = rng.standard_normal((intermediate, 64)).astype(np.float32) / 8
     up[far] *= 40
-    rows = tokens * TOPK // EXPERTS
     mixture = Mixture(2, 64, intermediate, format, isa=isa, source={"gate": [gate, gate], "up": [up, up]}.items())
-    x = np.abs(rng.standard_normal((rows, 64))).astype(np.float32)
-    ids, weights = np.tile(np.array([[0, 1]], np.int64), (rows, 1)), np.ones((rows, 2), np.float32)
+    x = np.abs(rng.standard_normal((tokens, 64))).astype(np.float32)
+    ids, weights = np.tile(np.array([[0, 1]], np.int64), (tokens, 1)), np.ones((tokens, 2), np.float32)
     found, expected = mixture(x, ids, weights), mixture.expected(x, ids, weights)
     assert error(found, expected) <= EXPERTS_BAR[format.kind], describe_worst(found, expected)
     for feature in far:  # the control: each of them is seen
